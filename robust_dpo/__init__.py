@@ -1,0 +1,1 @@
+"""Calibrated, distributionally robust preference optimisation with fused kernels."""
