@@ -1,0 +1,188 @@
+"""Losses by name, and a loss bound to its options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from robust_dpo.checks import FINITE, POSITIVE, Interval, check_flag, check_number
+from robust_dpo.errors import argument_error, type_error
+from robust_dpo.groups import Groups
+
+LossFunction = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class BoundLoss:
+    """A loss with its options, ready to be called on groups.
+
+    Args:
+        name: the registered name, or the name of the user's function.
+        function: `function(groups, **arguments) -> [G]`.
+        arguments: keyword arguments in a fixed order: beta, where the loss has one, and the options.
+        needs_reference: the loss reads log-ratios. False for a user's function that does not say
+            so in an attribute `needs_reference`; one that reads them all the same fails when it does.
+        needs_scores: the loss reads the values of the scores, not only their order.
+        built_in: `function` comes from the registry.
+    """
+
+    name: str
+    function: LossFunction
+    arguments: tuple[tuple[str, Any], ...]
+    needs_reference: bool
+    needs_scores: bool
+    built_in: bool
+
+    @property
+    def key(self) -> str:
+        """What identifies the loss: name and arguments, and for a user's function also the object."""
+        arguments = ",".join(f"{name}={value!r}" for name, value in self.arguments)
+        return f"{self.name}({arguments})" + ("" if self.built_in else f"@{id(self.function):x}")
+
+    def __call__(self, groups: Groups) -> Tensor:
+        """Loss of each group, [G], in the dtype of the log-probs.
+
+        Raises:
+            ValueError: the groups lack the reference or the scores that the loss needs, or the result is not [G].
+            TypeError: the function did not return a floating tensor.
+        """
+        if self.needs_reference and groups.ref_logps is None:
+            raise argument_error("ref_logps", f"a reference, which the loss {self.name!r} needs", None)
+        if self.needs_scores and groups.scores is None:
+            raise argument_error("scores", f"scores of the responses, which the loss {self.name!r} needs", None)
+        losses = self.function(groups, **dict(self.arguments))
+        if not isinstance(losses, Tensor):
+            raise type_error("loss", f"a floating tensor [G] from {self.name!r}", losses)
+        if not losses.is_floating_point():
+            raise TypeError(f"loss: expected a floating tensor [G] from {self.name!r}, got {losses.dtype}")
+        if losses.shape != groups.logps.shape[:1]:
+            expected = f"shape {list(groups.logps.shape[:1])}, one value per group, from {self.name!r}"
+            raise argument_error("loss", expected, list(losses.shape))
+        return losses
+
+
+@dataclass(frozen=True)
+class _Registered:
+    function: LossFunction
+    needs_reference: bool
+    needs_scores: bool
+    ranges: Mapping[str, Interval]
+
+
+_LOSSES: dict[str, _Registered] = {}
+
+
+def register_loss(
+    name: str, *, needs_reference: bool = True, needs_scores: bool = False, **ranges: Interval
+) -> Callable[[LossFunction], LossFunction]:
+    """Make `fn(groups, *, beta=…, **options) -> [G]` available under `name`.
+
+    Every keyword argument of `fn` needs a default, a bool or a float; it is the option's default and its type.
+    `beta` must be positive and other numbers finite, unless `ranges` has an `Interval` of the option's name.
+
+    Args:
+        name: what `loss=` calls it.
+        needs_reference: the loss reads log-ratios.
+        needs_scores: the loss reads the values of the scores, not only their order.
+        **ranges: allowed values by option.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _LOSSES:
+        raise argument_error("name", "a name that is not registered yet", repr(name))
+
+    def decorate(function: LossFunction) -> LossFunction:
+        _LOSSES[name] = _Registered(function, needs_reference, needs_scores, {"beta": POSITIVE, **ranges})
+        return function
+
+    return decorate
+
+
+def available_losses() -> tuple[str, ...]:
+    """Names that `loss=` accepts, in alphabetical order."""
+    return tuple(sorted(_LOSSES))
+
+
+def resolve(
+    loss: str | LossFunction | BoundLoss, beta: float | None = None, options: Mapping[str, Any] | None = None
+) -> BoundLoss:
+    """Bind a loss to its options and check them.
+
+    Args:
+        loss: a registered name, a function `fn(groups, ...) -> [G]`, or a bound loss, which is returned as it is.
+        beta: scale of the implicit reward; None takes the loss's own default. Losses without a `beta`
+            (`rrhf`, `lire`, `sft`, or a function whose signature has none) are not given it.
+        options: the loss's further keyword arguments by name.
+
+    Raises:
+        ValueError: no loss has that name, or a value is out of its range.
+        TypeError: `loss` cannot be called, it has no option of that name, or a value is of the wrong type.
+    """
+    options = dict(options or {})
+    if beta is not None:
+        check_number("beta", beta, POSITIVE)
+    if isinstance(loss, BoundLoss):
+        if beta is not None or options:
+            raise argument_error("loss", "no beta or options beside a loss that is already bound", loss.key)
+        return loss
+    if isinstance(loss, str):
+        return _resolve_name(loss, beta, options)
+    if not callable(loss):
+        raise type_error("loss", "a name or a function Groups -> [G]", loss)
+    return _resolve_function(loss, beta, options)
+
+
+def _resolve_name(name: str, beta: float | None, options: dict[str, Any]) -> BoundLoss:
+    if name not in _LOSSES:
+        raise argument_error("loss", f"one of {', '.join(available_losses())}, or a function", repr(name))
+    entry = _LOSSES[name]
+    keywords = inspect.signature(entry.function).parameters.values()
+    defaults = {p.name: p.default for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    _refuse_unknown(name, options, [option for option in defaults if option != "beta"])
+    given = {"beta": beta, **options} if beta is not None and "beta" in defaults else options
+    arguments = []
+    for option, default in defaults.items():
+        value = given.get(option, default)
+        if isinstance(default, bool):
+            arguments.append((option, check_flag(option, value)))
+        else:
+            arguments.append((option, check_number(option, value, entry.ranges.get(option, FINITE))))
+    return BoundLoss(name, entry.function, tuple(arguments), entry.needs_reference, entry.needs_scores, True)
+
+
+def _resolve_function(function: LossFunction, beta: float | None, options: dict[str, Any]) -> BoundLoss:
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    # A module's own signature is (*args, **kwargs); what it accepts stands on its forward.
+    signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    parameters = list(signature.parameters.values())[1:]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    accepted = [p.name for p in parameters if p.kind in by_keyword]
+    if not takes_any:
+        _refuse_unknown(name, options, [option for option in accepted if option != "beta"])
+    arguments = dict(options)
+    if beta is not None and (takes_any or "beta" in accepted):
+        arguments["beta"] = beta
+    missing = [p.name for p in parameters if p.name in accepted and p.default is p.empty and p.name not in arguments]
+    if missing:
+        raise TypeError(f"loss: expected a value for every option of {name!r}, got none for {', '.join(missing)}")
+    return BoundLoss(
+        name,
+        function,
+        tuple(sorted(arguments.items())),
+        bool(getattr(function, "needs_reference", False)),
+        bool(getattr(function, "needs_scores", False)),
+        built_in=False,
+    )
+
+
+def _refuse_unknown(name: str, options: Mapping[str, Any], accepted: list[str]) -> None:
+    unknown = [option for option in options if option not in accepted]
+    if unknown:
+        expected = f"one of {', '.join(accepted)}" if accepted else "none"
+        raise TypeError(f"options of loss {name!r}: expected {expected}, got {', '.join(unknown)}")

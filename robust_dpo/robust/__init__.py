@@ -1,0 +1,27 @@
+"""Aggregations of group losses: the mean, and worst cases around it.
+
+A new aggregation is one class in one file of this folder, registered with `register_objective`; import the file below.
+"""
+
+from robust_dpo.robust import kl, mean
+from robust_dpo.robust.base import ExponentialTilt, RobustObjective, Solution
+from robust_dpo.robust.kl import DrDPO, KLRobust
+from robust_dpo.robust.mean import Mean
+from robust_dpo.robust.modes import MODES, from_mode
+from robust_dpo.robust.registry import available_objectives, register_objective, resolve
+
+__all__ = [
+    "MODES",
+    "DrDPO",
+    "ExponentialTilt",
+    "KLRobust",
+    "Mean",
+    "RobustObjective",
+    "Solution",
+    "available_objectives",
+    "from_mode",
+    "kl",
+    "mean",
+    "register_objective",
+    "resolve",
+]
