@@ -145,7 +145,7 @@ def _resolve_name(name: str, beta: float | None, options: dict[str, Any]) -> Bou
     defaults = {p.name: p.default for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY}
     _refuse_unknown(name, options, [option for option in defaults if option != "beta"])
     given = {"beta": beta, **options} if beta is not None and "beta" in defaults else options
-    arguments = []
+    arguments: list[tuple[str, Any]] = []
     for option, default in defaults.items():
         value = given.get(option, default)
         if isinstance(default, bool):

@@ -26,6 +26,9 @@ def from_mode(mode: str, lam: float = 1.0, radius: float | None = None) -> tuple
         raise argument_error("mode", f"one of {', '.join(MODES)}", repr(mode))
     if mode in ("erm", "reweight"):
         return Mean(), mode == "reweight"
-    position = "outside" if mode == "dora_outside" else "inside"
-    objective = KLRobust(lam=lam if radius is None else None, radius=radius, calibration=position)
+    objective = KLRobust(
+        lam=lam if radius is None else None,
+        radius=radius,
+        calibration="outside" if mode == "dora_outside" else "inside",
+    )
     return objective, mode != "dro"
