@@ -1,0 +1,1 @@
+"""The LM-head benchmark: one problem, every implementation of it, one way to measure them."""

@@ -1,0 +1,123 @@
+"""Each implementation in its own process: errors and timings from one that stays alive, memory from a fresh one."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import time
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headbench.floor import Floor
+from headbench.memory import peak_bytes, resident_bytes
+from headbench.peers import IMPLEMENTATIONS, Bound
+from headbench.problem import Problem, Shape, Solution, make_problem, relative_error
+
+FLOOR = "gemms"
+_TINY = Shape(vocab=768, width=64, sequences=4, tokens=32)
+
+
+class WorkerError(RuntimeError):
+    """A worker process died; its own traceback is on stderr."""
+
+
+def _time_floor(connection: Connection, problem_path: Path) -> None:
+    floor = Floor(Problem.load(problem_path, mmap=True))
+    tried = floor.search()
+    connection.send({"tried": [asdict(choice) for choice in tried], "chosen": [asdict(c) for c in floor.choices.values()]})
+    while connection.recv():
+        connection.send(floor.step())
+
+
+def _time_implementation(connection: Connection, name: str, problem_path: Path, solution_path: Path) -> None:
+    bound = Bound.to(IMPLEMENTATIONS[name], Problem.load(problem_path, mmap=True))
+    start = time.perf_counter()
+    loss = bound.step()
+    first_seconds = time.perf_counter() - start
+    exact = Solution.load(solution_path)
+    dhidden, dweight = bound.gradients()
+    connection.send(
+        {
+            "first_seconds": first_seconds,
+            "loss": loss.item(),
+            "loss_error": relative_error(loss, exact.loss),
+            "dhidden_error": relative_error(dhidden.flatten(0, 1), exact.dhidden.flatten(0, 1)),
+            "dweight_error": relative_error(dweight, exact.dweight),
+        }
+    )
+    del exact, dhidden, dweight
+    while connection.recv():
+        bound.clear()
+        gc.collect()
+        start = time.perf_counter()
+        bound.step()
+        seconds = time.perf_counter() - start
+        bound.clear()
+        connection.send(seconds)
+
+
+def _measure_memory(connection: Connection, name: str, problem_path: Path) -> None:
+    """Peak above inputs: dhidden and dweight count, inputs, libraries and thread pools do not.
+
+    The baseline is taken after a run of a tiny problem, so that anything an implementation keeps between calls counts.
+    What torch.compile keeps (code, guards, caches) is not working memory: there the baseline follows a full run.
+    """
+    implementation = IMPLEMENTATIONS[name]
+    problem = Problem.load(problem_path, mmap=False)
+    Bound.to(implementation, make_problem(_TINY, problem.weight.dtype, seed=0)).step()
+    bound = Bound.to(implementation, problem)
+    del problem
+    if implementation.compiles:
+        bound.step()
+        bound.clear()
+    baseline = resident_bytes()
+    peak, method = peak_bytes(bound.step)
+    connection.send({"extra_bytes": peak - baseline, "baseline_bytes": baseline, "method": method})
+
+
+def _enter(task: str, connection: Connection, threads: int, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    {"floor": _time_floor, "time": _time_implementation, "memory": _measure_memory}[task](connection, *arguments)
+
+
+class Worker:
+    """A process that answers one question at a time."""
+
+    def __init__(self, task: str, threads: int, *arguments: Any) -> None:
+        # Read by libgomp and by inductor when they start, which is before any code of ours runs in the child;
+        # one compile thread: inductor's pool of helper processes would outlive the measurement.
+        os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TORCHINDUCTOR_COMPILE_THREADS="1")
+        self.connection, theirs = multiprocessing.get_context("spawn").Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(
+            target=_enter, args=(task, theirs, threads, arguments), daemon=False
+        )
+        self.process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        """The next answer.
+
+        Raises:
+            WorkerError: the process ended without one.
+        """
+        try:
+            return self.connection.recv()
+        except EOFError as error:
+            self.process.join()
+            raise WorkerError(f"exit code {self.process.exitcode}") from error
+
+    def ask(self) -> float:
+        """Seconds of one more step."""
+        self.connection.send(True)
+        return self.receive()
+
+    def stop(self) -> None:
+        if self.process.is_alive():
+            self.connection.send(False)
+        self.process.join()
