@@ -1,0 +1,208 @@
+"""Which backend runs an operator, and why the others cannot.
+
+The one place that chooses. A backend registers itself with `register_backend`: what it implements, where, and a probe
+that says whether it is usable here. Nothing else needs to change when one is added.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from robust_dpo.errors import argument_error
+
+if TYPE_CHECKING:
+    from robust_dpo.kernels.row_logprob import RowLogprobLauncher
+
+ROW_LOGPROB = "row_logprob"
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+BUILD_REPORT = Path(__file__).with_name("_build.json")
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One backend on this machine.
+
+    Args:
+        name: the value of `backend=`.
+        built: whether its code is there.
+        usable: whether it can run here.
+        detail: what is in use (instruction set, versions), or why it cannot run.
+    """
+
+    name: str
+    built: bool
+    usable: bool
+    detail: str
+
+    def __str__(self) -> str:
+        state = "usable" if self.usable else "built, not usable" if self.built else "not built"
+        return f"{self.name:<7}{state:<19}{self.detail}"
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """All backends, best first for `auto`, and the versions that matter; prints as one line for each."""
+
+    backends: tuple[BackendStatus, ...]
+    versions: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> BackendStatus:
+        for status in self.backends:
+            if status.name == name:
+                return status
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return "\n".join([*map(str, self.backends), f"{'':<7}{versions}"])
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a backend is found.
+
+    Args:
+        name: the value of `backend=`.
+        probe: its status here; called once.
+        launchers: operator -> "module:function", imported when first used.
+        device_types: where it runs; None for everywhere.
+        dtypes: of the tiles that it takes.
+        priority: `auto` takes the usable backend of the highest priority.
+    """
+
+    name: str
+    probe: Callable[[], BackendStatus]
+    launchers: Mapping[str, str] = field(default_factory=dict)
+    device_types: frozenset[str] | None = None
+    dtypes: frozenset[torch.dtype] = FLOATS
+    priority: int = 0
+
+    def obstacle(self, operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run `operator` on tiles of `dtype` on `device`; None if it can."""
+        status = _status(self.name)
+        if not status.usable:
+            return f"it is {'not usable' if status.built else 'not built'} here: {status.detail}"
+        if operator not in self.launchers:
+            return f"it does not implement {operator}"
+        if self.device_types is not None and device.type not in self.device_types:
+            return f"it runs on {', '.join(sorted(self.device_types))}, not on {device.type}"
+        if dtype not in self.dtypes:
+            return f"it does not take {dtype}"
+        return None
+
+
+_REGISTRY: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """Add a backend, or replace the one of the same name."""
+    _REGISTRY[backend.name] = backend
+    _status.cache_clear()
+
+
+@functools.cache
+def _status(name: str) -> BackendStatus:
+    return _REGISTRY[name].probe()
+
+
+def _by_priority() -> list[Backend]:
+    return sorted(_REGISTRY.values(), key=lambda backend: -backend.priority)
+
+
+def backends() -> BackendReport:
+    """What can run on this machine; print it."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "transformers"):
+        if importlib.util.find_spec(package) is not None:
+            versions[package] = importlib.metadata.version(package)
+    return BackendReport(tuple(_status(backend.name) for backend in _by_priority()), versions)
+
+
+def choose_backend(operator: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
+    """The backend that runs `operator` on tiles of `dtype` on `device`.
+
+    Args:
+        operator: such as "row_logprob".
+        backend: "auto" for the best usable one, or a name, which is never replaced by another.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the named one cannot do it; the message says why.
+    """
+    device = torch.device(device)
+    if backend == "auto":
+        able = [each for each in _by_priority() if each.obstacle(operator, device, dtype) is None]
+        if not able:
+            raise RuntimeError(f"no backend runs {operator} with {dtype} on {device}:\n{backends()}")
+        return able[0]
+    if backend not in _REGISTRY:
+        raise argument_error("backend", f"one of auto, {', '.join(sorted(_REGISTRY))}", repr(backend))
+    obstacle = _REGISTRY[backend].obstacle(operator, device, dtype)
+    if obstacle is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {operator} with {dtype} on {device}: {obstacle}")
+    return _REGISTRY[backend]
+
+
+def get_row_logprob(backend: str, device: torch.device | str, dtype: torch.dtype) -> RowLogprobLauncher:
+    """The row_logprob launcher for tiles of `dtype` on `device`; errors as in `choose_backend`."""
+    chosen = choose_backend(ROW_LOGPROB, backend, device, dtype)
+    return cast("RowLogprobLauncher", _load(chosen.launchers[ROW_LOGPROB]))
+
+
+@functools.cache
+def _load(launcher: str) -> Callable[..., object]:
+    module, _, function = launcher.partition(":")
+    return cast("Callable[..., object]", getattr(importlib.import_module(module), function))
+
+
+def _probe_torch() -> BackendStatus:
+    return BackendStatus("torch", True, True, f"plain PyTorch, on every device; {torch.get_num_threads()} CPU threads")
+
+
+def _probe_cpu() -> BackendStatus:
+    if importlib.util.find_spec("robust_dpo._cpu") is None:
+        return BackendStatus("cpu", False, False, _why_not_built())
+    try:
+        launcher = importlib.import_module("robust_dpo.kernels.row_logprob_cpu")
+        isa = launcher.chosen_isa()
+    except (ImportError, ValueError) as error:
+        return BackendStatus("cpu", True, False, str(error))
+    usable = ", ".join(launcher.usable_isas())
+    return BackendStatus("cpu", True, True, f"{isa} in use of {usable}; threads: {launcher.thread_runtime()}")
+
+
+def _why_not_built() -> str:
+    if not BUILD_REPORT.exists():
+        return "installed without native code (ROBUST_DPO_BUILD=none, or a source tree that was never built)"
+    return str(json.loads(BUILD_REPORT.read_text(encoding="utf-8"))["cpu"])
+
+
+def _not_in_this_release(name: str) -> Backend:
+    return Backend(name, lambda: BackendStatus(name, False, False, "not part of this release"))
+
+
+register_backend(Backend("torch", _probe_torch, {ROW_LOGPROB: "robust_dpo.kernels.row_logprob_torch:row_logprob"}))
+register_backend(
+    Backend(
+        "cpu",
+        _probe_cpu,
+        {ROW_LOGPROB: "robust_dpo.kernels.row_logprob_cpu:row_logprob"},
+        device_types=frozenset({"cpu"}),
+        priority=10,
+    )
+)
+register_backend(_not_in_this_release("triton"))
+register_backend(_not_in_this_release("cuda"))
