@@ -35,6 +35,15 @@ class Solution:
         """[] effective sample size 1/Σq², between 1 and G for weights of sum 1."""
         return 1 / self.weights.square().sum()
 
+    def attach(self, losses: Tensor) -> Tensor:
+        """[] the value, differentiable: its gradient is Σ coefficients · ∇losses (of first order only).
+
+        Args:
+            losses: [G] the losses that were solved, with their graph.
+        """
+        coefficients = self.coefficients.to(losses.dtype)
+        return self.value.to(losses.dtype) + (coefficients * (losses - losses.detach())).sum()
+
 
 class RobustObjective(ABC):
     """Turns the losses of a batch's groups into one objective and its weights.
