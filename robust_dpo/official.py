@@ -1,8 +1,8 @@
 """The DoRA authors' training losses (arXiv 2504.05831 and its published code), to reproduce published behaviour.
 
 They differ from the objectives of this package in two ways, both kept here: the value is taken over the prompts that
-are passed in, however few, and RRHF and LIRE put the calibration elsewhere than the paper does. The exponentials are computed
-with their maximum subtracted, so values are finite where the authors' code overflows.
+are passed in, however few, and RRHF and LIRE put the calibration elsewhere than the paper does. The exponentials are
+computed with their maximum subtracted, so values are finite where the authors' code overflows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from robust_dpo.checks import NON_NEGATIVE, POSITIVE, check_number
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.groups import Groups
 from robust_dpo.losses import resolve
-from robust_dpo.robust import KLRobust, Mean, RobustObjective
+from robust_dpo.robust import KLRobust
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,11 @@ def loss(
     _check_tensor("probs", probs, list(scores.shape))
     weights = density_ratio(probs.to(batch.groups.logps), "official", alpha=alpha, betas=beta_vec)
     losses = entry.losses(batch, hyper)
-    objective: RobustObjective = Mean() if variant == "plain" else KLRobust(lam, calibration=entry.calibration)
     if variant == "plain":
-        calibration = None
-    else:
-        calibration = (weights if losses.ndim == 2 else weights.mean(1)).flatten()
-    return objective.solve(losses.flatten(), calibration).attach(losses.flatten())
+        return losses.mean()
+    calibration = weights if losses.ndim == 2 else weights.mean(1)
+    objective = KLRobust(lam, calibration=entry.calibration)
+    return objective.solve(losses.flatten(), calibration.flatten()).attach(losses.flatten())
 
 
 def _batch(token_logps: Tensor, ref_token_logps: Tensor | None, mask: Tensor, scores: Tensor) -> _Batch:

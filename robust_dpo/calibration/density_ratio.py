@@ -1,7 +1,8 @@
 """Calibration h: how much likelier a response is under the target distribution than under the training mixture.
 
-P(y|x) = α Q₀(y|x) + Σ_{i=1}^{n−1} β_i Q_i(y|x), Q₀ the target (DoRA, arXiv 2504.05831). A classifier gives c, the probability
-that a response comes from the target and not from a source, and γ = (source samples)/(target samples) in its training set.
+P(y|x) = α Q₀(y|x) + Σ_{i=1}^{n−1} β_i Q_i(y|x), Q₀ the target (DoRA, arXiv 2504.05831). A classifier gives c, the
+probability that a response comes from the target and not from a source, and γ = (source samples)/(target samples) in
+its training set.
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ def density_ratio(
             value per response. One classifier for each of m sources (`per_source=True`): [..., m].
             `official`: [..., K], the K responses of a group in the last axis, or [S] with `group_size` K.
         form: `paper`, the mean over slots of γ_i c_i / (β_i (1 − c_i) + 1/n); the n slots are α's and those of the
-            n − 1 sources, all with the same c, or with `per_source` the sources'. `mixture`, the exact density ratio under
-            the mixture, 1 / (α + Σ_i β_i (1 − c_i)/(γ_i c_i)). `official`, the DoRA authors' code,
+            n − 1 sources, all with the same c, or with `per_source` the sources'. `mixture`, the exact density ratio
+            under the mixture, 1 / (α + Σ_i β_i (1 − c_i)/(γ_i c_i)). `official`, the DoRA authors' code,
             1 / (α + β_i (1 − p)/p) with the β of the response's position i in its group.
         alpha: share of the target in the mixture; default 1 − Σβ, or 1/n (`official`: 1/K).
         betas: shares of the sources, one number for one source; default: what α leaves, in equal parts. Together with α
-            they sum to 1. `official`: one for each of the K positions, with no condition on the sum; by default the authors'.
+            they sum to 1. `official`: one for each of the K positions, of any sum; by default the authors'.
         gammas: γ of each source, default 1; for `paper` with one classifier a single number. Not for `official`.
         clip: upper bound of h, > 0; default none.
         per_source: the last axis of `probs` holds one classifier for each source. Not for `official`.
         group_size: K, for flat `probs` with `official`.
 
     Returns:
-        h in the dtype of `probs`, at least fp32; shaped like `probs`, without its last axis with `per_source`. It is finite for
-        probabilities of exactly 0 and 1 too.
+        h in the dtype of `probs`, at least fp32; shaped like `probs`, without its last axis with `per_source`. It is
+        finite for probabilities of exactly 0 and 1 too.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -68,9 +69,10 @@ def density_ratio(
     probs = _checked_probs(probs)
     check_flag("per_source", per_source)
     if form == "official":
-        if gammas is not None or per_source:
-            name = "gammas" if gammas is not None else "per_source"
-            raise argument_error(name, "not to be given with form 'official'", gammas or per_source)
+        if gammas is not None:
+            raise argument_error("gammas", "None with form 'official', which has no γ", gammas)
+        if per_source:
+            raise argument_error("per_source", "False with form 'official', which has one classifier", per_source)
         h = _official(probs, alpha, betas, group_size)
     else:
         if group_size is not None:
@@ -161,7 +163,7 @@ def _shares(alpha: float | None, betas: Numbers | None, num_sources: int) -> tup
 def _numbers(name: str, values: Numbers, interval: Interval) -> list[float]:
     if isinstance(values, Tensor):
         values = values.flatten().tolist()
-    items = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    items = list(values) if isinstance(values, Sequence) else [values]
     if not items:
         raise argument_error(name, "at least one number", "none")
     return [check_number(name, value, interval) for value in items]

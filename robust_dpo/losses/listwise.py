@@ -34,7 +34,7 @@ def plackett_luce(groups: Groups, *, beta: float = 0.1) -> Tensor:
 
 @register_loss("rrhf", needs_reference=False, length_penalty=NON_NEGATIVE, sft_weight=NON_NEGATIVE)
 def rrhf(groups: Groups, *, length_penalty: float = 1.0, sft_weight: float = 0.0) -> Tensor:
-    """RRHF (Yuan et al., arXiv 2304.05302, eq. 2): (1/K) Σ_{i worse than j} max(0, s_i − s_j), s = S/|y|^length_penalty.
+    """RRHF (Yuan et al., arXiv 2304.05302): (1/K) Σ_{i worse than j} max(0, s_i − s_j), s = S/|y|^length_penalty.
 
     `sft_weight` times the token-mean negative log-likelihood of the best response is added; the RRHF paper
     takes 1, the default is the rank term alone.

@@ -31,7 +31,7 @@ def cdpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Tens
 @register_loss("robust", label_smoothing=Interval(0.0, 0.5, high_open=True))
 @pairwise_loss
 def robust(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
-    """rDPO (Chowdhury et al., arXiv 2403.00409): [−(1−ε)logσ(u) + ε logσ(−u)] / (1−2ε), ε < ½.
+    """Robust DPO, rDPO (Chowdhury et al., arXiv 2403.00409): [−(1−ε)logσ(u) + ε logσ(−u)] / (1−2ε), ε < ½.
 
     Unbiased under labels flipped with probability ε; not bounded below: it falls like −εu/(1−2ε).
     """

@@ -53,7 +53,7 @@ class RobustObjective(ABC):
 
     @property
     def single_pass(self) -> bool:
-        """Whether the weights are softmax(tilt), so that gradients can be accumulated before the normaliser is known."""
+        """Whether the weights are softmax(tilt): gradients can be accumulated before the normaliser is known."""
         return False
 
     @property

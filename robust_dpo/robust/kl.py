@@ -59,8 +59,8 @@ class KLRobust(ExponentialTilt):
 
     @property
     def temperature(self) -> float:
-        if self.lam is None:
-            raise argument_error("lam", "a fixed lam: with a radius it depends on the whole batch", None)
+        if self.lam is None or not self.single_pass:
+            raise argument_error("robust", "an objective of softmax form (single_pass)", self.key)
         return self.lam
 
     @torch.no_grad()
@@ -110,8 +110,8 @@ class DrDPO(ExponentialTilt):
         return -self.beta
 
 
-# The inverse temperature a = spread/λ is searched for on a logarithmic grid between these ends. KL ≈ a² Var/2 near 0, and
-# losses that differ by 1e-290 of their spread are still told apart at the other end.
+# The inverse temperature a = spread/λ is searched for on a logarithmic grid between these ends. KL ≈ a² Var/2 near 0,
+# and losses that differ by 1e-290 of their spread are still told apart at the other end.
 _INVERSE_LOW, _INVERSE_HIGH = 1e-12, 1e300
 # 64 sections a round: log(1e312)/64⁹ = 4e-14 is the relative width of the last bracket, for 9 rounds of small
 # launches where halving would take 54.
@@ -119,7 +119,7 @@ _SECTIONS, _ROUNDS = 64, 9
 
 
 def _solve_ball(values: Tensor, factor: Tensor, radius: float) -> Solution:
-    """max Σ q·values over KL(q‖1/G) ≤ radius: q ∝ e^{values/λ} with KL = radius, found without reading the device."""
+    """Maximum of Σ q·values over KL(q‖1/G) ≤ radius, at q ∝ e^{values/λ}; nothing is read back from the device."""
     # The divergence is a small difference of larger numbers; only fp64 resolves a small radius.
     exact = values if values.device.type == "mps" else values.double()
     top = exact.amax()
