@@ -253,19 +253,19 @@ def _ours(problem: Problem, **options: object) -> LossFunction:
     return loss
 
 
-@register("ours", "robust_dpo.ops")
+@register("ours", "robust_dpo")
 def ours(problem: Problem) -> LossFunction:
     """robust_dpo.linear_preference_loss as it comes."""
     return _ours(problem)
 
 
-@register("ours_fp32_tile", "robust_dpo.ops", dtypes=(torch.bfloat16,))
+@register("ours_fp32_tile", "robust_dpo", dtypes=(torch.bfloat16,))
 def ours_fp32_tile(problem: Problem) -> LossFunction:
     """The same with logits tiles in fp32."""
     return _ours(problem, tile_dtype=torch.float32)
 
 
-@register("ours_bf16_tile", "robust_dpo.ops", dtypes=(torch.bfloat16,))
+@register("ours_bf16_tile", "robust_dpo", dtypes=(torch.bfloat16,))
 def ours_bf16_tile(problem: Problem) -> LossFunction:
     """The same with logits tiles in bf16."""
     return _ours(problem, tile_dtype=torch.bfloat16)

@@ -1,0 +1,97 @@
+"""One measurement of one dtype: memory, then errors, then interleaved rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from headbench.problem import Problem, Shape, describe, make_problem, solve
+from headbench.report import Row, Section
+from headbench.workers import FLOOR, Worker, WorkerError
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _prepare(shape: Shape, dtype: torch.dtype, seed: int, folder: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """Write the problem and its float64 solution; returns both paths and what the data look like."""
+    problem_path, solution_path = folder / f"problem-{dtype_name(dtype)}.pt", folder / f"solution-{dtype_name(dtype)}.pt"
+    make_problem(shape, dtype, seed).save(problem_path)
+    # Read back: solve exactly what the workers will read.
+    problem = Problem.load(problem_path, mmap=True)
+    solution = solve(problem)
+    solution.save(solution_path)
+    return problem_path, solution_path, describe(problem, solution)
+
+
+def _memory(row: Row, threads: int, problem_path: Path) -> None:
+    worker = Worker("memory", threads, row.name, problem_path)
+    answer = worker.receive()
+    worker.stop()
+    row.extra_bytes, row.memory_method = answer["extra_bytes"], answer["method"]
+
+
+def _open_timer(row: Row, threads: int, problem_path: Path, solution_path: Path) -> Worker:
+    """A living worker whose errors have been measured; the errors go into the row."""
+    worker = Worker("time", threads, row.name, problem_path, solution_path)
+    answer = worker.receive()
+    row.first_seconds = answer["first_seconds"]
+    row.loss_error, row.dhidden_error = answer["loss_error"], answer["dhidden_error"]
+    row.dweight_error = answer["dweight_error"]
+    return worker
+
+
+def measure(
+    names: list[str],
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    rounds: int,
+    threads: int,
+    seed: int,
+    folder: Path,
+    memory: bool,
+    console: Console,
+) -> Section:
+    """Measure `names` and the floor at one dtype.
+
+    Only one process computes at any moment. In each round everybody is timed once, starting one place later than in the
+    round before, so that drift and noise of the machine fall on all alike. An implementation whose process dies is
+    reported as failed and the rest goes on.
+    """
+    label = dtype_name(dtype)
+    torch.set_num_threads(threads)
+    with console.status(f"{label}: problem and float64 solution"):
+        problem_path, solution_path, data = _prepare(shape, dtype, seed, folder)
+    rows = {name: Row(name, label) for name in names}
+    floor = Row(FLOOR, label)
+    timers: dict[str, Worker] = {}
+    try:
+        with console.status(f"{label}: fastest matrix products"):
+            timers[FLOOR] = Worker("floor", threads, problem_path)
+            products = timers[FLOOR].receive()
+        for name, row in rows.items():
+            with console.status(f"{label}: {name}: memory and errors"):
+                try:
+                    if memory:
+                        _memory(row, threads, problem_path)
+                    timers[name] = _open_timer(row, threads, problem_path, solution_path)
+                except WorkerError as failure:
+                    row.failure = str(failure)
+                    console.print(f"{label}: {name} failed: {failure}", style="red")
+        # One untimed step each: the first one compiled and touched memory for the first time.
+        for worker in timers.values():
+            worker.ask()
+        order = list(timers)
+        for turn in range(rounds):
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                with console.status(f"{label}: round {turn + 1} of {rounds}: {name}"):
+                    (floor if name == FLOOR else rows[name]).seconds.append(timers[name].ask())
+    finally:
+        for worker in timers.values():
+            worker.stop()
+    return Section(label, list(rows.values()), floor, products["chosen"], shape.product_flops, data)
