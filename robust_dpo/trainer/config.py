@@ -1,0 +1,205 @@
+"""Arguments of RobustDPOTrainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from robust_dpo import losses
+from robust_dpo.calibration.reduce import REDUCTIONS
+from robust_dpo.errors import argument_error, type_error
+from robust_dpo.losses import BoundLoss
+from robust_dpo.robust import MODES, Mean, RobustObjective, from_mode
+from robust_dpo.robust import resolve as resolve_objective
+
+HEAD_ROUTES = ("auto", "fused", "logits")
+CALIBRATION_FORMS = ("paper", "mixture", "official")
+BAD_ROW_POLICIES = ("error", "drop")
+NONFINITE_POLICIES = ("stop", "skip")
+TRUNCATION_MODES = ("keep_end", "keep_start")
+OPTION_FIELDS = ("model_init_kwargs", "ref_model_init_kwargs", "loss_options", "robust_options", "calibration_options")
+
+
+@dataclass
+class RobustDPOConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and what preference training adds; TRL's names where they mean the same.
+
+    Defaults that differ from TrainingArguments: `learning_rate` 1e-6 and `logging_steps` 10 (as in TRL),
+    `remove_unused_columns` False (the collator needs columns that the model does not take).
+    `per_device_train_batch_size` counts groups (prompts), each with all of its responses.
+
+    Raises:
+        ValueError, TypeError: a value cannot be used; the message names the argument.
+    """
+
+    # transformers reads these from a JSON string where they come from a command line.
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, *OPTION_FIELDS]
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two logs."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Has to stay False."})
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained where the model is given as a path or name."}
+    )
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "The same for a reference given as a path or name."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout, as TRL does."})
+
+    max_length: int | None = field(default=1024, metadata={"help": "Tokens of prompt and response together."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Tokens of the prompt."})
+    truncation_mode: str = field(
+        default="keep_end",
+        metadata={"help": "Which part of a prompt that is too long stays.", "choices": list(TRUNCATION_MODES)},
+    )
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad batches to a multiple of this."})
+    on_bad_row: str = field(
+        default="error",
+        metadata={"help": "A row that cannot be used: error or drop.", "choices": list(BAD_ROW_POLICIES)},
+    )
+
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "Run the reference once over the data before training, then release it."}
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Groups per batch of that pass; default: the batch size of the data set."}
+    )
+
+    loss_type: str = field(default="sigmoid", metadata={"help": "Name of a registered preference loss."})
+    beta: float | None = field(default=None, metadata={"help": "Scale of the reward; default: the loss's own."})
+    label_smoothing: float | None = field(
+        default=None, metadata={"help": "Probability of a flipped label, for losses that have it (cdpo, robust)."}
+    )
+    loss_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further options of the loss by name."}
+    )
+
+    mode: str = field(
+        default="dro",
+        metadata={"help": "What is minimised over the groups of a batch.", "choices": list(MODES)},
+    )
+    lam: float = field(default=1.0, metadata={"help": "Robustness λ: large is the mean, small the worst group."})
+    radius: float | None = field(default=None, metadata={"help": "KL radius ρ; λ is then found from it."})
+    robust: str | None = field(
+        default=None, metadata={"help": "Aggregation by name, in place of the one that the mode implies."}
+    )
+    robust_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Parameters of that aggregation by name."}
+    )
+    calibration_form: str = field(
+        default="paper", metadata={"help": "How probs become a density ratio.", "choices": list(CALIBRATION_FORMS)}
+    )
+    calibration_reduce: str = field(
+        default="mean", metadata={"help": "How the ratios of a group's responses become the group's."}
+    )
+    calibration_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of robust_dpo.calibration.density_ratio by name."}
+    )
+
+    head_route: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: fuse the head with the loss where the self-check passes; fused: or stop; logits: never.",
+            "choices": list(HEAD_ROUTES),
+        },
+    )
+    backend: str = field(default="auto", metadata={"help": "Backend of the fused operators."})
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={"help": "An optimizer step whose loss is not finite.", "choices": list(NONFINITE_POLICIES)},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.loss_type, list | tuple) and len(self.loss_type) == 1:
+            # TRL's DPOConfig holds a list of losses to add up.
+            self.loss_type = self.loss_type[0]
+        if not isinstance(self.loss_type, str):
+            raise type_error("loss_type", "the name of one loss", self.loss_type)
+        if self.remove_unused_columns:
+            raise argument_error("remove_unused_columns", "False: the collator needs every column", True)
+        self._check_choices()
+        self._check_counts()
+        for name in OPTION_FIELDS:
+            if not isinstance(getattr(self, name), dict | None):
+                raise type_error(name, "a dictionary", getattr(self, name))
+        if self.robust_options and self.robust is None:
+            raise argument_error("robust_options", "none without robust", self.robust_options)
+        self.bound_loss()
+        self.objective()
+        if self.per_device_train_batch_size == 1 and self.weighs_groups:
+            warnings.warn(
+                "per_device_train_batch_size=1: robust weights are computed within a micro-batch, so with one group "
+                f"in it mode={self.mode!r} weighs nothing. Raise it (2 is the least that does anything), or use "
+                'mode="erm" or "reweight".',
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def bound_loss(self) -> BoundLoss:
+        """The loss with its options. Raises what `losses.resolve` raises."""
+        options = dict(self.loss_options or {})
+        if self.label_smoothing is not None:
+            if "label_smoothing" in options:
+                raise argument_error("label_smoothing", "one value, not also one in loss_options", self.label_smoothing)
+            options["label_smoothing"] = self.label_smoothing
+        return losses.resolve(self.loss_type, self.beta, options)
+
+    def objective(self) -> RobustObjective:
+        """The aggregation over groups: of the mode, or the one that `robust` names."""
+        of_mode, _ = from_mode(self.mode, lam=self.lam, radius=self.radius)
+        if self.robust is None:
+            return of_mode
+        named = resolve_objective(self.robust)
+        options = dict(self.robust_options or {})
+        known = [entry.name for entry in dataclasses.fields(named)]  # type: ignore[arg-type]  # all are dataclasses
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            expected = f"parameters of {self.robust!r}: {', '.join(known) or 'none'}"
+            raise argument_error("robust_options", expected, ", ".join(unknown))
+        return dataclasses.replace(named, **options)  # type: ignore[type-var]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the mode uses the calibration of the groups."""
+        return from_mode(self.mode)[1]
+
+    @property
+    def weighs_groups(self) -> bool:
+        """Whether the objective gives the groups of a batch weights that depend on their losses."""
+        return not isinstance(self.objective(), Mean)
+
+    @property
+    def reward_beta(self) -> float:
+        """β of the logged rewards: the one in force, or 1 for a loss that has none."""
+        return float(dict(self.bound_loss().arguments).get("beta", 1.0))
+
+    def _check_choices(self) -> None:
+        for name, allowed in (
+            ("mode", MODES),
+            ("truncation_mode", TRUNCATION_MODES),
+            ("calibration_form", CALIBRATION_FORMS),
+            ("calibration_reduce", tuple(REDUCTIONS)),
+            ("on_bad_row", BAD_ROW_POLICIES),
+            ("on_nonfinite", NONFINITE_POLICIES),
+            ("head_route", HEAD_ROUTES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise argument_error(name, f"one of {', '.join(allowed)}", repr(getattr(self, name)))
+
+    def _check_counts(self) -> None:
+        for name in ("max_length", "max_prompt_length", "pad_to_multiple_of", "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise type_error(name, "an integer of at least 1, or None", value)
+            if value < 1:
+                raise argument_error(name, "at least 1, or None", value)
+        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
+            raise argument_error("max_prompt_length", f"less than max_length={self.max_length}", self.max_prompt_length)

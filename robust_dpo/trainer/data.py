@@ -1,0 +1,119 @@
+"""From the rows that a user passes to what the collator takes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from robust_dpo.calibration import density_ratio
+from robust_dpo.calibration.reduce import group_calibration
+from robust_dpo.data import PreferenceCollator, load_preferences, tokenize_groups
+from robust_dpo.errors import DataError, argument_error, type_error
+from robust_dpo.trainer.config import RobustDPOConfig
+
+Rows = Dataset | str | Path | Iterable[Mapping[str, Any]]
+"""A data set, the file or hub name of one, or dictionaries."""
+
+_TOKENISED = {"prompt_ids", "response_ids"}
+
+
+@dataclass(frozen=True)
+class RowPreparation:
+    """Loads, tokenises and calibrates rows as the arguments say."""
+
+    args: RobustDPOConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def collator(self) -> PreferenceCollator:
+        return PreferenceCollator.for_tokenizer(self.tokenizer, self.args.pad_to_multiple_of)
+
+    def __call__(self, rows: Rows, argument: str) -> Dataset:
+        """Tokenised groups with an `id`, and with a `calibration` where the mode uses it.
+
+        Args:
+            rows: anything that `load_preferences` reads, or the output of `tokenize_groups`.
+            argument: the name of the argument that the rows came in, for messages.
+
+        Raises:
+            TypeError: the rows are a stream.
+            DataError: a row cannot be used, or has no `probs` although the mode is a calibrated one.
+        """
+        if isinstance(rows, IterableDataset | IterableDatasetDict):
+            raise type_error(argument, "a data set of known length, not a stream", rows)
+        if isinstance(rows, Dataset):
+            dataset = rows if _TOKENISED <= set(rows.column_names) else self._tokenise(rows)
+        elif isinstance(rows, str | Path):
+            dataset = self._tokenise(rows)
+        else:
+            rows = list(rows)
+            tokenised = bool(rows) and all(_TOKENISED <= row.keys() for row in rows)
+            dataset = Dataset.from_list(rows) if tokenised else self._tokenise(rows)
+        if len(dataset) == 0:
+            raise argument_error(argument, "at least one row", "none")
+        if "id" not in dataset.column_names:
+            dataset = dataset.add_column("id", [str(index) for index in range(len(dataset))])
+        if self.args.calibrated and "calibration" not in dataset.column_names:
+            dataset = dataset.add_column("calibration", self._calibration(dataset, argument))
+        return dataset
+
+    def _tokenise(self, rows: Rows) -> Dataset:
+        """Checked rows as token ids."""
+        return tokenize_groups(
+            load_preferences(rows, on_bad_row=self.args.on_bad_row).dataset,
+            self.tokenizer,
+            max_length=self.args.max_length,
+            max_prompt_length=self.args.max_prompt_length,
+            truncation=self.args.truncation_mode,
+            on_bad_row=self.args.on_bad_row,
+        )
+
+    def _calibration(self, dataset: Dataset, argument: str) -> list[float]:
+        """The calibration of every group from the `probs` of its responses."""
+        probs = dataset["probs"][:] if "probs" in dataset.column_names else [None] * len(dataset)
+        missing = sum(row is None for row in probs)
+        if missing:
+            raise DataError(
+                f"{argument}: mode={self.args.mode!r} weighs groups by how much they look like the target "
+                f"distribution, but {missing} of {len(probs)} rows have no `probs`. Add them with `robust-dpo "
+                'calibrate` (or robust_dpo.calibration), or use mode="dro" or "erm", which need none.'
+            )
+        scores = dataset["scores"][:] if "scores" in dataset.column_names else [None] * len(dataset)
+        by_size: dict[int, list[int]] = defaultdict(list)
+        for index, row in enumerate(probs):
+            by_size[len(row)].append(index)
+        calibration = [0.0] * len(probs)
+        for size, members in by_size.items():
+            values = torch.tensor([probs[index] for index in members], dtype=torch.float64)
+            # Best first by position where there are no scores.
+            by_position = [-float(position) for position in range(size)]
+            quality = torch.tensor([scores[index] or by_position for index in members], dtype=torch.float64)
+            ratios = density_ratio(values, form=self.args.calibration_form, **(self.args.calibration_options or {}))
+            ranked = ratios.gather(1, quality.argsort(dim=1, descending=True, stable=True))
+            groups = group_calibration(ranked, self.args.calibration_reduce)
+            for index, value in zip(members, groups.tolist(), strict=True):
+                calibration[index] = value
+        return calibration
+
+
+def length_line(dataset: Dataset) -> str:
+    """One line about the groups, the tokens and what truncation removed."""
+    prompts = [len(ids) for ids in dataset["prompt_ids"]]
+    responses = sorted(len(ids) for group in dataset["response_ids"] for ids in group)
+    median = responses[len(responses) // 2]
+    line = (
+        f"{len(dataset)} groups, {len(responses)} responses; prompt tokens mean {sum(prompts) / len(prompts):.0f}, "
+        f"max {max(prompts)}; response tokens median {median}, max {responses[-1]}"
+    )
+    if "response_cut" in dataset.column_names:
+        cut = sum(count > 0 for group in dataset["response_cut"] for count in group)
+        prompts_cut = sum(count > 0 for count in dataset["prompt_cut"])
+        line += f"; truncated: {prompts_cut} prompts, {cut} responses"
+    return line

@@ -1,0 +1,32 @@
+"""Switching dropout off: for good, or for the length of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in place.
+
+    Attention layers hold theirs as a plain number, `attention_dropout`, which they hand to the attention function.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module.__dict__.get("attention_dropout"), float):
+            module.__dict__["attention_dropout"] = 0.0
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,65 @@
+"""The policy and its tokenizer as the trainer wants them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from robust_dpo.errors import argument_error, type_error
+
+
+def load_model(model: str | nn.Module, init_kwargs: dict[str, Any] | None, *, argument: str) -> nn.Module:
+    """The model itself, or the one that `from_pretrained` finds under a path or hub name, in float32 unless asked.
+
+    Training moves weights by less than bf16 can tell apart, so the stored dtype is not the default.
+
+    Raises:
+        TypeError: it is neither. `argument` names it.
+        ValueError: `init_kwargs` are given for a model that is already loaded.
+    """
+    if isinstance(model, str):
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32", **(init_kwargs or {})})
+        return loaded
+    if not isinstance(model, nn.Module):
+        raise type_error(argument, "a model, or the path or name of one", model)
+    if init_kwargs:
+        raise argument_error(f"{argument}_init_kwargs", "none for a model that is already loaded", init_kwargs)
+    return model
+
+
+def add_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
+    """The model with a fresh adapter.
+
+    Raises:
+        TypeError: `peft_config` is not one.
+        ValueError: the model has an adapter already.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise type_error("peft_config", "a peft.PeftConfig such as LoraConfig", peft_config)
+    if isinstance(model, PeftModel):
+        raise argument_error("peft_config", "None for a model that has an adapter already", peft_config.peft_type)
+    return get_peft_model(model, peft_config)  # type: ignore[arg-type,return-value]  # any HF model
+
+
+def load_tokenizer(processing_class: PreTrainedTokenizerBase | None, model: nn.Module) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one saved beside the model; with a padding token (end of sequence where it has none).
+
+    Raises:
+        TypeError: `processing_class` is not a tokenizer.
+        ValueError: none was given and the model does not say where it came from.
+    """
+    if processing_class is None:
+        path = getattr(getattr(model, "config", None), "_name_or_path", "")
+        if not path:
+            raise argument_error("processing_class", "the tokenizer, as the model was not loaded from a path", None)
+        processing_class = AutoTokenizer.from_pretrained(path)
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise type_error("processing_class", "a tokenizer", processing_class)
+    if processing_class.pad_token is None:
+        processing_class.pad_token = processing_class.eos_token
+    if processing_class.pad_token_id is None:
+        raise argument_error("processing_class", "a tokenizer with a padding or an end-of-sequence token", "neither")
+    return processing_class

@@ -1,0 +1,320 @@
+"""RobustDPOTrainer: `transformers.Trainer` with the fused, calibrated, worst-case preference loss."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from robust_dpo import ops
+from robust_dpo.errors import argument_error, type_error
+from robust_dpo.groups import GroupLayout, Groups
+from robust_dpo.ops import PreferenceOutput
+from robust_dpo.trainer import checkpoint
+from robust_dpo.trainer.config import RobustDPOConfig
+from robust_dpo.trainer.data import RowPreparation, Rows, length_line
+from robust_dpo.trainer.dropout import disable_dropout
+from robust_dpo.trainer.head import LogitTransform
+from robust_dpo.trainer.metrics import GROUP_METRICS, RunningMeans, group_metrics, robust_metrics
+from robust_dpo.trainer.models import add_adapter, load_model, load_tokenizer
+from robust_dpo.trainer.nonfinite import NonFiniteGuard
+from robust_dpo.trainer.precompute import has_ref_logps, with_ref_logps
+from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
+from robust_dpo.trainer.scoring import Batch, SequenceScorer, response_lengths, shifted_targets
+from robust_dpo.trainer.self_check import HeadCheck, check_head
+
+logger = logging.getLogger(__name__)
+
+
+class RobustDPOTrainer(Trainer):
+    """Preference training with a calibrated worst-case objective (DoRA, arXiv 2504.05831) and a fused LM head.
+
+    Args:
+        model: a causal language model, or the path or hub name of one. A PEFT model is trained as it is.
+        ref_model: the reference, likewise; None takes the policy as it is now (a frozen copy), or the policy without
+            its adapter where there is one. Not used by losses without a reference, nor by rows that have `ref_logps`.
+        args: arguments; None takes the defaults and writes to `robust_dpo_output`.
+        train_dataset: rows in a format that `robust_dpo.data.load_preferences` knows, or tokenised ones, which
+            may hold `calibration` (float) and `ref_logps` (K floats) as well.
+        eval_dataset: the same, or a dictionary of data sets by name.
+        processing_class: the tokenizer; None loads the one beside the model.
+        peft_config: add a fresh adapter of this kind and train nothing else.
+        data_collator: in place of `robust_dpo.data.PreferenceCollator`; has to give the same keys.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        ValueError, TypeError: an argument cannot be used. `head_route="fused"` with a head that cannot be fused.
+        DataError: rows cannot be used, or have no `probs` although the mode is a calibrated one.
+    """
+
+    args: RobustDPOConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        ref_model: str | nn.Module | None = None,
+        args: RobustDPOConfig | None = None,
+        *,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        data_collator: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+    ) -> None:
+        args = RobustDPOConfig(output_dir="robust_dpo_output") if args is None else args
+        if not isinstance(args, RobustDPOConfig):
+            raise type_error("args", "a RobustDPOConfig", args)
+        if ref_model is not None and ref_model is model and not isinstance(model, str):
+            raise argument_error("ref_model", "another object than model, or None for a frozen copy", "the same object")
+        policy = load_model(model, args.model_init_kwargs, argument="model")
+        if ref_model is not None:
+            ref_model = load_model(ref_model, args.ref_model_init_kwargs, argument="ref_model")
+        processing_class = load_tokenizer(processing_class, policy)
+        if peft_config is not None:
+            policy = add_adapter(policy, peft_config)
+        if isinstance(policy, PeftModel) and args.gradient_checkpointing:
+            # Checkpointed blocks pass gradients on only if their input asks for one, and the embedding is frozen.
+            policy.enable_input_require_grads()
+        if args.disable_dropout:
+            disable_dropout(policy)
+
+        self._prepare = RowPreparation(args, processing_class)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=self._prepare.collator if data_collator is None else data_collator,
+            train_dataset=None if train_dataset is None else self._prepare(train_dataset, "train_dataset"),
+            eval_dataset=_for_each(eval_dataset, lambda rows: self._prepare(rows, "eval_dataset")),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # The loss is a mean over the groups of a micro-batch, not over its tokens: transformers has to divide it by
+        # the number of micro-batches of a step.
+        self.model_accepts_loss_kwargs = False
+        self.bound_loss = args.bound_loss()
+        self.objective = args.objective()
+        self._reward_beta = args.reward_beta
+        self._scorer = SequenceScorer(self._check_head(self.model, "the model"))
+        self.reference = self._build_reference(ref_model)
+        self._reference_fingerprint = None if self.reference is None else self.reference.fingerprint
+        if self.reference is not None and args.precompute_ref_log_probs:
+            self._precompute(self.reference)
+        self._means = RunningMeans()
+        self._guard = NonFiniteGuard(self.accelerator, skip=args.on_nonfinite == "skip")
+        self.add_callback(self._guard)
+        self._last_weights: tuple[Tensor, list[str]] | None = None
+        if self.train_dataset is not None and not args.disable_tqdm:
+            self.accelerator.print(length_line(self.train_dataset))
+
+    def _check_head(self, model: nn.Module, name: str) -> HeadCheck:
+        """The route that the head of `model` takes."""
+        if self.args.head_route == "logits":
+            return HeadCheck(None, LogitTransform(), "head_route='logits'")
+        if self.args.torch_compile:
+            check = HeadCheck(None, LogitTransform(), "torch_compile compiles the model's own head")
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            check = HeadCheck(None, LogitTransform(), "FSDP and DeepSpeed shard its weight")
+        else:
+            check = check_head(model)
+        if check.head is None:
+            if self.args.head_route == "fused":
+                raise argument_error("head_route", f"'auto' or 'logits', for {name}: {check.reason}", "'fused'")
+            logger.warning("%s: the head is not fused with the loss, which costs memory: %s", name, check.reason)
+        return check
+
+    def _build_reference(self, ref_model: nn.Module | None) -> Reference | None:
+        """The reference of the run; None where the loss needs none or all rows bring its log-probs."""
+        rows = [self.train_dataset, *_values(self.eval_dataset)]
+        brought = all(has_ref_logps(dataset) for dataset in rows if dataset is not None)
+        if not self.bound_loss.needs_reference or (brought and any(rows)):
+            if ref_model is not None:
+                reason = "rows have ref_logps" if brought else f"the loss {self.bound_loss.name!r} has no reference"
+                raise argument_error("ref_model", f"None: {reason}", type(ref_model).__name__)
+            return None
+        if ref_model is None:
+            return own_reference(self.model, self._scorer, copy_policy=not self.args.precompute_ref_log_probs)
+        # Quantised models refuse even a move to where they are.
+        if next(ref_model.parameters()).device != self.args.device:
+            ref_model = ref_model.to(self.args.device)
+        return FrozenModel.of(ref_model, SequenceScorer(self._check_head(ref_model, "ref_model")))
+
+    def _precompute(self, ref: Reference) -> None:
+        """Add the reference's log-probs to the data sets and release it."""
+
+        def add(dataset: Dataset, name: str, batch_size: int) -> Dataset:
+            if has_ref_logps(dataset):
+                return dataset
+            return with_ref_logps(
+                dataset,
+                ref,
+                self.model,
+                collator=self.data_collator,
+                batch_size=self.args.precompute_ref_batch_size or batch_size,
+                accelerator=self.accelerator,
+                progress=not self.args.disable_tqdm,
+                name=name,
+            )
+
+        if self.train_dataset is not None:
+            self.train_dataset = add(self.train_dataset, "the training data", self.args.train_batch_size)
+        self.eval_dataset = _for_each(
+            self.eval_dataset, lambda rows: add(rows, "the evaluation data", self.args.eval_batch_size)
+        )
+        self.reference = None
+
+    def get_eval_dataloader(self, eval_dataset: str | Rows | None = None) -> DataLoader[Any]:
+        """As in transformers; rows that are not tokenised yet are prepared like those of the constructor."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Rows) -> DataLoader[Any]:
+        """As in transformers; rows that are not tokenised yet are prepared like those of the constructor."""
+        return super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
+
+    def preference_output(self, model: nn.Module, batch: Batch) -> PreferenceOutput:
+        """Loss, log-probs and robust weights of one batch.
+
+        Args:
+            model: the policy, wrapped as it is trained.
+            batch: what the collator gives, on the model's device.
+        """
+        with self.accelerator.autocast():
+            objective: dict[str, Any] = {
+                "ref_logps": self._ref_logps(model, batch),
+                "group_sizes": batch["group_sizes"],
+                "loss": self.bound_loss,
+                "robust": self.objective,
+                "calibration": batch["calibration"] if self.args.calibrated else None,
+                "scores": batch.get("scores"),
+            }
+            targets = shifted_targets(batch)
+            if self._scorer.fused:
+                hidden = self._scorer.head_input(model, batch)
+                head = self._scorer.head_arguments()
+                return ops.linear_preference_loss(
+                    hidden, targets=targets, backend=self.args.backend, **head, **objective
+                )
+            logps = ops.sequence_logps_from_logits(self._scorer.logits(model, batch), targets)
+            return ops.preference_loss(logps, lengths=response_lengths(batch), **objective)
+
+    def _ref_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        if not self.bound_loss.needs_reference:
+            return None
+        if "ref_logps" in batch:
+            return batch["ref_logps"]  # type: ignore[no-any-return]
+        if self.reference is None:
+            raise argument_error("eval_dataset", "rows with ref_logps, as the reference was not kept", "rows without")
+        return self.reference.logps(model, batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a micro-batch, and with `return_outputs` the PreferenceOutput it is part of."""
+        output = self.preference_output(model, inputs)
+        if model.training:
+            metrics = self._group_metrics(output, inputs).mean(0)
+            self._means.add(dict(zip(GROUP_METRICS, metrics, strict=True)), weight=len(output.group_losses))
+            self._means.add(robust_metrics(output.weights, output.ess, output.parameter))
+            self._guard.watch(output.loss, output.group_losses, inputs["ids"])
+            self._last_weights = output.weights, inputs["ids"]
+        return (output.loss, output) if return_outputs else output.loss
+
+    def worst_groups(self, count: int = 10) -> list[tuple[str, float]]:
+        """Ids and weights of the groups with the largest robust weight in the last micro-batch, largest first."""
+        if self._last_weights is None:
+            return []
+        weights, ids = self._last_weights
+        top = weights.topk(min(count, len(ids)))
+        return [(ids[index], weight) for index, weight in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, None]:
+        """Loss, and per group: its loss, its calibration and GROUP_METRICS, [G, 8] float64."""
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            output = self.preference_output(model, batch)
+        calibration = batch["calibration"] if self.args.calibrated else torch.ones_like(output.group_losses)
+        own = torch.stack([output.group_losses, calibration], dim=1)
+        return output.loss.detach(), torch.cat([own, self._group_metrics(output, batch)], dim=1).double(), None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As in transformers, with the metrics of GROUP_METRICS and the objective over the whole data set.
+
+        The loss is the objective of all groups together, so it does not depend on the batch size.
+        """
+        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        table = result.predictions
+        # Not concatenated where eval_do_concat_batches is off.
+        table = torch.from_numpy(np.concatenate(table) if isinstance(table, list) else table)
+        solution = self.objective.solve(table[:, 0], table[:, 1] if self.args.calibrated else None)
+        metrics = {
+            "loss": solution.value,
+            **dict(zip(GROUP_METRICS, table[:, 2:].mean(0), strict=True)),
+            **robust_metrics(solution.weights, solution.ess, solution.parameter),
+        }
+        result.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()})
+        return result
+
+    def _group_metrics(self, output: PreferenceOutput, batch: Batch) -> Tensor:
+        layout = GroupLayout.build(len(output.logps), 1, batch["group_sizes"], output.logps.device)
+        optional = {
+            name: None if values is None else layout.pad(values)
+            for name, values in (("ref_logps", output.ref_logps), ("scores", batch.get("scores")))
+        }
+        lengths = layout.pad(response_lengths(batch).to(output.logps.dtype), fill=1.0)
+        return group_metrics(Groups(layout.pad(output.logps), lengths, layout.mask, **optional), self._reward_beta)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers; logs of training get the metrics gathered since the last one."""
+        if "loss" in logs:
+            logs = {**logs, **self._means.pop(self.accelerator)}
+            if self.args.on_nonfinite == "skip":
+                logs["robust/skipped_steps"] = self._guard.skipped_steps
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("largest weights of the last micro-batch: %s", self.worst_groups())
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and self._reference_fingerprint is not None:
+            checkpoint.save_reference(folder, self._reference_fingerprint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._reference_fingerprint is not None:
+            checkpoint.check_reference(Path(resume_from_checkpoint), self._reference_fingerprint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _values(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset | None]:
+    return [*datasets.values()] if isinstance(datasets, dict) else [datasets]
+
+
+def _for_each(datasets: Any, function: Callable[[Any], Dataset]) -> Any:
+    """`function` of a data set, or of each in a dictionary by name; None stays None."""
+    if isinstance(datasets, dict):
+        return {name: function(rows) for name, rows in datasets.items()}
+    return None if datasets is None else function(datasets)
