@@ -3,8 +3,7 @@
 # make bench  benchmarks against peers
 # make lint   ruff and mypy
 #
-# The wheel of torch that is installed first. Override it to pick another build, for example the CPU build:
-#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# The wheel of torch that is installed first; override it to pick another build: make demo TORCH="torch==2.13.0+cpu"
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 
@@ -14,44 +13,44 @@ MODEL ?=
 ARGS ?=
 OUT ?= runs/demo
 
-DEMO_VENV := .venv-demo
-DEV_VENV := .venv
+VENV := .venv
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 PACKAGE := $(shell find robust_dpo/ kernels/ -type f -not -name '*.pyc' -not -name '*.so' -not -name '_build.json')
 
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:
 
-demo: $(DEMO_VENV)/installed
-	$(DEMO_VENV)/bin/robust-dpo demo $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") --out "$(OUT)" $(ARGS)
+demo: $(VENV)/installed
+	$(VENV)/bin/robust-dpo demo $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") --out "$(OUT)" $(ARGS)
 
-test: $(DEV_VENV)/installed
-	$(DEV_VENV)/bin/python -m pytest $(ARGS)
+test: $(VENV)/dev
+	$(VENV)/bin/python -m pytest $(ARGS)
 
-bench: $(DEV_VENV)/bench
-	$(DEV_VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
+bench: $(VENV)/bench
+	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-lint: $(DEV_VENV)/installed
-	$(DEV_VENV)/bin/ruff check .
-	$(DEV_VENV)/bin/ruff format --check .
-	$(DEV_VENV)/bin/mypy
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(DEMO_VENV) $(DEV_VENV) build
+	rm -rf $(VENV) build
 
-%/torch:
-	$(PYTHON) -m venv $*
-	$*/bin/python -m pip install --quiet $(TORCH)
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	touch $@
 
-$(DEMO_VENV)/installed: $(DEMO_VENV)/torch $(SOURCES) $(PACKAGE)
-	$(DEMO_VENV)/bin/python -m pip install --quiet .
+# The tree itself is installed where `make test` came first; a plain install would replace it by a copy.
+$(VENV)/installed: $(VENV)/torch $(SOURCES) $(PACKAGE)
+	test -f $(VENV)/dev || $(VENV)/bin/python -m pip install --quiet .
 	touch $@
 
-$(DEV_VENV)/installed: $(DEV_VENV)/torch $(SOURCES)
-	$(DEV_VENV)/bin/python -m pip install --quiet -e ".[dev]"
+$(VENV)/dev: $(VENV)/torch $(SOURCES)
+	$(VENV)/bin/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
-$(DEV_VENV)/bench: $(DEV_VENV)/installed
-	$(DEV_VENV)/bin/python -m pip install --quiet -e ".[bench]"
+$(VENV)/bench: $(VENV)/dev
+	$(VENV)/bin/python -m pip install --quiet -e ".[bench]"
 	touch $@

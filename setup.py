@@ -31,9 +31,12 @@ BUILD_REPORT = "_build.json"
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 GNU_LIKE = sys.platform != "win32"
 # One translation unit for each instruction set; the choice between them is made at run time.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_SOURCES = {
-    "csrc/row_logprob_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/row_logprob_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "csrc/row_logprob_avx2.cpp": AVX2,
+    "csrc/row_logprob_avx512.cpp": AVX512,
+    "csrc/row_logprob_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 
 
@@ -54,7 +57,7 @@ def cpu_extension(optional: bool) -> Pybind11Extension:
         depends=[str(path) for path in sorted(Path("csrc").glob("*")) if path.suffix in (".h", ".cpp")],
         cxx_std=17,
         define_macros=[("ROBUST_DPO_X86", "1")] if with_isas else [],
-        extra_compile_args=["-O3", "-g0"] if GNU_LIKE else [],
+        extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"] if GNU_LIKE else [],
         libraries=["dl", "pthread"] if sys.platform == "linux" else [],
     )
     extension.optional = optional

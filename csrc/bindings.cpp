@@ -43,6 +43,7 @@ const std::vector<Isa>& isas() {
         const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         found.push_back({"avx512", row_logprob_avx512, avx512});
+        found.push_back({"avx512_bf16", row_logprob_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
         return found;
     }();

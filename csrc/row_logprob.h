@@ -31,6 +31,7 @@ void row_logprob_generic(const RowLogprobArgs& args, int64_t begin, int64_t end)
 #if defined(ROBUST_DPO_X86)
 void row_logprob_avx2(const RowLogprobArgs& args, int64_t begin, int64_t end);
 void row_logprob_avx512(const RowLogprobArgs& args, int64_t begin, int64_t end);
+void row_logprob_avx512_bf16(const RowLogprobArgs& args, int64_t begin, int64_t end);
 #endif
 
 }  // namespace robust_dpo

@@ -6,73 +6,81 @@
 namespace robust_dpo {
 namespace {
 
-struct Lanes {
-    float lane[8];
-};
-
-template <class Function>
-inline Lanes each(Function function) {
-    Lanes out;
-    for (int k = 0; k < 8; ++k) out.lane[k] = function(k);
-    return out;
-}
-
-// Eight lanes in loops of constant length, which compilers turn into whatever vector unit the target has.
+// Four lanes in the vector extension of GCC and Clang, which is SSE2, NEON or whatever the target has.
 struct Generic {
-    using Vec = Lanes;
-    static constexpr int kWidth = 8;
-    static constexpr int kUnroll = 2;
+    using Vec = float __attribute__((vector_size(16)));
+    using Bits = int32_t __attribute__((vector_size(16)));
+    using Halves = uint16_t __attribute__((vector_size(8)));
+    static constexpr int kWidth = 4;
+    static constexpr int kUnroll = 4;
     static constexpr float kExpLow = -87.0f;  // 2^n must stay normal: it is made from exponent bits
 
-    template <class Element>
-    static Vec load(const Element* p) {
-        Element copy[kWidth];
-        std::memcpy(copy, p, sizeof(copy));
-        return each([&](int k) { return to_float(copy[k]); });
-    }
-    template <class Element>
-    static void store(Element* p, Vec x) {
-        Element copy[kWidth];
-        for (int k = 0; k < kWidth; ++k) from_float(x.lane[k], copy[k]);
-        std::memcpy(static_cast<void*>(p), copy, sizeof(copy));
+    static Bits bits(Vec x) { return bit_cast<Bits>(x); }
+    static Vec floats(Bits x) { return bit_cast<Vec>(x); }
+    static Vec select(Bits mask, Vec x, Vec y) { return floats((mask & bits(x)) | (~mask & bits(y))); }
+    static Bits halves(const void* p) {
+        Halves copy;
+        std::memcpy(&copy, p, sizeof(copy));
+        return __builtin_convertvector(copy, Bits);
     }
 
-    static Vec set1(float x) { return each([&](int) { return x; }); }
-    static Vec add(Vec a, Vec b) { return each([&](int k) { return a.lane[k] + b.lane[k]; }); }
-    static Vec sub(Vec a, Vec b) { return each([&](int k) { return a.lane[k] - b.lane[k]; }); }
-    static Vec mul(Vec a, Vec b) { return each([&](int k) { return a.lane[k] * b.lane[k]; }); }
-    static Vec div(Vec a, Vec b) { return each([&](int k) { return a.lane[k] / b.lane[k]; }); }
-    static Vec fma(Vec a, Vec b, Vec c) { return each([&](int k) { return a.lane[k] * b.lane[k] + c.lane[k]; }); }
-    static Vec max(Vec a, Vec b) { return each([&](int k) { return a.lane[k] > b.lane[k] ? a.lane[k] : b.lane[k]; }); }
-    static Vec min(Vec a, Vec b) { return each([&](int k) { return a.lane[k] < b.lane[k] ? a.lane[k] : b.lane[k]; }); }
-    static Vec abs(Vec a) { return each([&](int k) { return std::fabs(a.lane[k]); }); }
-    static Vec copysign(Vec a, Vec b) { return each([&](int k) { return std::copysign(a.lane[k], b.lane[k]); }); }
+    static Vec load(const float* p) {
+        Vec x;
+        std::memcpy(&x, p, sizeof(x));
+        return x;
+    }
+    static Vec load(const BFloat16* p) { return floats(halves(p) << 16); }
+    static Vec load(const Float16* p) {  // as to_float(Float16)
+        const Bits half = halves(p), magnitude = half & 0x7fff;
+        const Bits special = magnitude >= 0x7c00;
+        const Bits finite = bits(floats(magnitude << 13) * 0x1p112f);
+        const Bits infinite = (magnitude << 13) | 0x7f800000;
+        return floats(((half & 0x8000) << 16) | (special & infinite) | (~special & finite));
+    }
+    static void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
+    static void store(BFloat16* p, Vec x) {  // as from_float(float, BFloat16&)
+        const Bits nan = x != x, b = bits(x);
+        const Bits rounded = (nan & (b | 0x400000)) | (~nan & (b + 0x7fff + ((b >> 16) & 1)));
+        const Halves out = __builtin_convertvector((rounded >> 16) & 0xffff, Halves);
+        std::memcpy(static_cast<void*>(p), &out, sizeof(out));
+    }
+    static void store(Float16* p, Vec x) {  // as from_float(float, Float16&)
+        const Bits magnitude = bits(x) & 0x7fffffff, sign = (bits(x) >> 16) & 0x8000;
+        const Bits normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+        const Bits subnormal = bits(floats(magnitude) + 0.5f) - 0x3f000000;
+        const Bits is_small = magnitude < 0x38800000, is_large = magnitude >= 0x477ff000, nan = x != x;
+        Bits half = (is_small & subnormal) | (~is_small & normal);
+        half = (is_large & 0x7c00) | (~is_large & half);
+        half = (nan & (0x7e00 | ((magnitude >> 13) & 0x3ff))) | (~nan & half);
+        const Halves out = __builtin_convertvector(half | sign, Halves);
+        std::memcpy(static_cast<void*>(p), &out, sizeof(out));
+    }
+
+    static Vec set1(float x) { return Vec{x, x, x, x}; }
+    static Vec add(Vec a, Vec b) { return a + b; }
+    static Vec sub(Vec a, Vec b) { return a - b; }
+    static Vec mul(Vec a, Vec b) { return a * b; }
+    static Vec div(Vec a, Vec b) { return a / b; }
+    static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+    static Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
+    static Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+    static Vec min(Vec a, Vec b) { return select(a < b, a, b); }
+    static Vec abs(Vec a) { return floats(bits(a) & 0x7fffffff); }
+    static Vec copysign(Vec a, Vec b) { return floats(bits(abs(a)) | (bits(b) & INT32_MIN)); }
     // Adding 1.5·2^23 leaves no fraction bits: the adder rounds to nearest even.
-    static Vec round(Vec a) { return each([&](int k) { return (a.lane[k] + 0x1.8p23f) - 0x1.8p23f; }); }
-    static Vec select_less(Vec a, Vec b, Vec x, Vec y) {
-        return each([&](int k) { return a.lane[k] < b.lane[k] ? x.lane[k] : y.lane[k]; });
-    }
+    static Vec round(Vec a) { return (a + 0x1.8p23f) - 0x1.8p23f; }
+    static Vec select_less(Vec a, Vec b, Vec x, Vec y) { return select(a < b, x, y); }
     static bool any_greater(Vec a, Vec b) {
-        bool any = false;
-        for (int k = 0; k < kWidth; ++k) any |= a.lane[k] > b.lane[k];
-        return any;
+        const Bits greater = a > b;
+        return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
     }
-    static float reduce_max(Vec a) { return *std::max_element(a.lane, a.lane + kWidth); }
-    static double reduce_add(Vec a) {
-        double sum = 0.0;
-        for (int k = 0; k < kWidth; ++k) sum += static_cast<double>(a.lane[k]);
-        return sum;
-    }
-    static Vec keep_first(Vec a, int count) {
-        return each([&](int k) { return k < count ? a.lane[k] : -kInfinity; });
-    }
+    static float reduce_max(Vec a) { return std::max(std::max(a[0], a[1]), std::max(a[2], a[3])); }
+    static double reduce_add(Vec a) { return (double{a[0]} + a[1]) + (double{a[2]} + a[3]); }
+    static Vec keep_first(Vec a, int count) { return select(Bits{0, 1, 2, 3} < Bits{} + count, a, set1(-kInfinity)); }
     static Vec exp2_scale(Vec p, Vec n, Vec x) {
-        return each([&](int k) {
-            // A NaN has no integer; its p is NaN already.
-            const int32_t exponent = n.lane[k] == n.lane[k] ? static_cast<int32_t>(n.lane[k]) : 0;
-            const float value = p.lane[k] * bit_cast<float>((exponent + 127) << 23);
-            return x.lane[k] <= kExpLow ? 0.0f : value;
-        });
+        // n + 1.5·2^23 holds the integer n in its low bits; for NaN they are arbitrary and p is NaN already.
+        const Bits exponent = bits(n + 0x1.8p23f) << 23;
+        return select(x <= set1(kExpLow), set1(0.0f), p * floats(exponent + 0x3f800000));
     }
 };
 

@@ -3,8 +3,8 @@
 // A row is read once from memory: blocks of kUnroll vectors stay in registers while their maximum and then their
 // exponentials are taken. The second touch (gradient) finds the row in L2: 96 KB for 49152 bf16 columns.
 //
-// `Simd` provides: Vec, kWidth, kUnroll, load/store for the element types, set1, add, sub, mul, div, fma (a·b + c),
-// max and min (second argument if either is NaN), abs, copysign, select_less (a < b ? x : y), any_greater, reduce_max,
+// `Simd` provides: Vec, kWidth, kUnroll, load/store for the element types, set1, add, sub, mul, div, fma (a·b + c), fms
+// (a·b − c), max and min (second argument if either is NaN), abs, copysign, select_less (a < b ? x : y), any_greater, reduce_max,
 // reduce_add (to double), keep_first (lanes < count, the rest −inf) and exp2_scale(p, n, x): p·2^n, n integral.
 #pragma once
 
@@ -37,7 +37,7 @@ inline typename Simd::Vec exp(typename Simd::Vec x) {
     using S = Simd;
     x = S::max(S::set1(S::kExpLow), x);
     const auto n = S::round(S::mul(x, S::set1(0x1.715476p+0f)));
-    auto f = S::fma(x, S::set1(0x1.715476p+0f), S::sub(S::set1(0.0f), n));
+    auto f = S::fms(x, S::set1(0x1.715476p+0f), n);
     f = S::fma(x, S::set1(0x1.4ae0cp-26f), f);
     auto p = S::set1(1.5353362e-4f);
     p = S::fma(p, f, S::set1(1.3398875e-3f));
