@@ -17,9 +17,9 @@ def corrupt_labels(
 ) -> Dataset:
     """Reverses the ranking of a share of the groups.
 
-    A corrupted row claims the opposite of what it claimed: its responses change places (with their `sources` and `probs`),
-    while the scores stay best first, so that neither order nor scores tell it from a clean row. Clean rows are put best
-    first too. The boolean column `corrupted` is for evaluation only.
+    A corrupted row claims the opposite of what it claimed: its responses change places (with their `sources` and
+    `probs`), while the scores stay best first, so that neither order nor scores tell it from a clean row. Clean rows
+    are put best first too. The boolean column `corrupted` is for evaluation only.
 
     Args:
         dataset: canonical rows; ranked by `scores` where given, otherwise by position.
@@ -61,10 +61,9 @@ def corrupt_labels(
         )
     hit = set(random.Random(f"robust_dpo.corruption/{seed}").sample(eligible, wanted))
 
-    def relabel(row: dict[str, Any], index: int) -> dict[str, Any]:
-        return _ranked(row, reverse=index in hit) | {"corrupted": index in hit}
-
-    return dataset.map(relabel, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
+    rows = [row | _ranked(row, reverse=index in hit) for index, row in enumerate(dataset.to_list())]
+    relabelled = Dataset.from_list(rows, features=dataset.features)
+    return relabelled.add_column("corrupted", [index in hit for index in range(len(rows))])
 
 
 def _ranked(row: dict[str, Any], *, reverse: bool) -> dict[str, Any]:

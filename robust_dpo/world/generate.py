@@ -14,7 +14,7 @@ from robust_dpo.world.styles import STYLES, Writer
 from robust_dpo.world.town import NAMES, TOPICS, Question, quality
 
 DEFAULT_PROPORTIONS: Mapping[str, float] = {"human": 0.4, "synthetic_a": 0.3, "synthetic_b": 0.3}
-MAX_RESPONSES = 2 * len(TOPICS) + 1  # each topic counts −1, 0 or +1, and the qualities of a group are all different
+MAX_RESPONSES = 2 * len(TOPICS) + 1  # each topic counts -1, 0 or +1, and the qualities of a group are all different
 
 Split = Literal["all", "train", "eval"]
 
@@ -33,20 +33,21 @@ def make_world(
 ) -> Dataset:
     """Prompts with responses whose true quality is known exactly.
 
-    All facts of the world are the same for every seed; the seed draws questions, sources, qualities and wordings. Within a
-    group all qualities differ, and whether a response is good says nothing about its length in the human source; the
-    synthetic sources add empty flourishes to their bad responses, so a wrong label there teaches an artefact.
+    All facts of the world are the same for every seed; the seed draws questions, sources, qualities and wordings.
+    Within a group all qualities differ, and whether a response is good says nothing about its length in the human
+    source; the synthetic sources add empty flourishes to their bad responses, so a wrong label there teaches an
+    artefact.
 
     Args:
         num_prompts: rows to draw, at least 1.
         seed: the same seed gives the same rows in every process.
         responses_per_prompt: K, from 2 to 13.
-        proportions: share of the rows of each source (keys of `STYLES`), not negative, made to sum to 1; counts are exact
-            to one row.
-        mixed: probability in [0, 1] that the responses of a row come each from its own source, drawn by `proportions`,
-            instead of all from one.
-        style_strength: probability in [0, 1] that a phrase is the source's own and not one that all sources share; 0 makes
-            the sources equal but for their flourishes.
+        proportions: share of the rows of each source (keys of `STYLES`), not negative, made to sum to 1; counts are
+            exact to one row.
+        mixed: probability in [0, 1] that each response of a row draws its own source by `proportions`, instead of all
+            coming from one.
+        style_strength: probability in [0, 1] that a phrase is the source's own and not one that all sources share; 0
+            makes the sources equal but for their flourishes.
         imitation: probability in [0, 1] that a response is phrased like one of another source, which bounds how well
             any classifier can tell the sources apart.
         artefact: probability in [0, 1] of a flourish per fault of a synthetic response.
@@ -107,7 +108,7 @@ def _row(
     sources = [source] * num_responses
     if rng.random() < mixed:
         sources = rng.choices(list(shares), weights=list(shares.values()), k=num_responses)
-    targets = rng.sample(range(-len(topics), len(topics) + 1), num_responses)
+    targets = _targets(len(topics), num_responses, rng)
     responses = [
         writers[name].write(question.name, _plan(topics, target, rng), rng)
         for name, target in zip(sources, targets, strict=True)
@@ -121,6 +122,16 @@ def _row(
         "scores": [scores[index] for index in order],
         "sources": [sources[index] for index in order],
     }
+
+
+def _targets(num_topics: int, num_responses: int, rng: random.Random) -> list[int]:
+    """Different qualities for the responses of a group, as far apart as possible without being the same every time."""
+    reachable = range(-num_topics, num_topics + 1)
+    gap = len(reachable) // num_responses
+    base = rng.randrange(len(reachable) - gap * (num_responses - 1))
+    targets = [reachable[base + gap * index] for index in range(num_responses)]
+    rng.shuffle(targets)
+    return targets
 
 
 def _plan(topics: list[str], target: int, rng: random.Random) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """A small town whose facts are fixed, the prompts that ask for them, and the checker that knows the true quality.
 
-Every fact is one word of a vocabulary that belongs to its topic alone, so what a text claims can be read off it exactly.
+Every fact is one word of a vocabulary that belongs to its topic alone, so what a text claims can be read off exactly.
 """
 
 from __future__ import annotations
@@ -13,28 +13,7 @@ from functools import cache
 
 from robust_dpo.errors import argument_error
 
-NAMES = (
-    "Agnes",
-    "Bruno",
-    "Celia",
-    "Dario",
-    "Edith",
-    "Felix",
-    "Greta",
-    "Hugo",
-    "Irma",
-    "Jonas",
-    "Klara",
-    "Leon",
-    "Mina",
-    "Nils",
-    "Olga",
-    "Pavel",
-    "Quentin",
-    "Rosa",
-    "Sven",
-    "Tilda",
-)
+NAMES = ("Agnes", "Bruno", "Celia", "Dario", "Edith", "Felix", "Greta", "Hugo")
 
 # topic (the word that a prompt asks with) -> the values that a fact can take
 TOPICS: dict[str, tuple[str, ...]] = {
@@ -106,9 +85,9 @@ class Question:
 def quality(prompt: str, response: str) -> float:
     """True quality of a response: the asked facts that it states, minus the false statements that it makes.
 
-    Every topic that was asked and is stated correctly counts +1, however often it is said; every false value counts −1,
-    asked or not; facts that nobody asked for and anything else count nothing. So it lies between minus the number of
-    false values and plus the number of asked topics, and listing every possible value does not pay.
+    Every topic that was asked and is stated correctly counts +1, however often it is said; every false value counts
+    -1, asked or not; facts that nobody asked for and anything else count nothing. So it lies between minus the number
+    of false values and plus the number of asked topics, and listing every possible value does not pay.
 
     Raises:
         ValueError: `prompt` is not a prompt of this world.
