@@ -151,6 +151,8 @@ def loss(
     )
     lam = check_number("lambda_", 1.0 if lambda_ is None else lambda_, POSITIVE)
     _check_tensor("probs", probs, list(scores.shape))
+    if beta_vec is not None and len(beta_vec) != scores.shape[1]:
+        raise argument_error("beta_vec", f"{scores.shape[1]} shares, one for each candidate", len(beta_vec))
     weights = density_ratio(probs.to(batch.groups.logps), "official", alpha=alpha, betas=beta_vec)
     losses = entry.losses(batch, hyper)
     if variant == "plain":

@@ -92,11 +92,15 @@ def register_loss(
 
     Raises:
         ValueError: the name is taken.
+        TypeError: an option of `fn` has no default.
     """
     if name in _LOSSES:
         raise argument_error("name", "a name that is not registered yet", repr(name))
 
     def decorate(function: LossFunction) -> LossFunction:
+        bare = [option.name for option in _keywords(function) if option.default is option.empty]
+        if bare:
+            raise TypeError(f"loss {name!r}: expected a default for every option, got none for {', '.join(bare)}")
         _LOSSES[name] = _Registered(function, needs_reference, needs_scores, {"beta": POSITIVE, **ranges})
         return function
 
@@ -141,8 +145,7 @@ def _resolve_name(name: str, beta: float | None, options: dict[str, Any]) -> Bou
     if name not in _LOSSES:
         raise argument_error("loss", f"one of {', '.join(available_losses())}, or a function", repr(name))
     entry = _LOSSES[name]
-    keywords = inspect.signature(entry.function).parameters.values()
-    defaults = {p.name: p.default for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    defaults = {option.name: option.default for option in _keywords(entry.function)}
     _refuse_unknown(name, options, [option for option in defaults if option != "beta"])
     given = {"beta": beta, **options} if beta is not None and "beta" in defaults else options
     arguments: list[tuple[str, Any]] = []
@@ -157,18 +160,15 @@ def _resolve_name(name: str, beta: float | None, options: dict[str, Any]) -> Bou
 
 def _resolve_function(function: LossFunction, beta: float | None, options: dict[str, Any]) -> BoundLoss:
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    # A module's own signature is (*args, **kwargs); what it accepts stands on its forward.
-    signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    parameters = list(signature.parameters.values())[1:]
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    accepted = [p.name for p in parameters if p.kind in by_keyword]
+    keywords = _keywords(function)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in _parameters(function))
+    accepted = [option.name for option in keywords]
     if not takes_any:
         _refuse_unknown(name, options, [option for option in accepted if option != "beta"])
     arguments = dict(options)
     if beta is not None and (takes_any or "beta" in accepted):
         arguments["beta"] = beta
-    missing = [p.name for p in parameters if p.name in accepted and p.default is p.empty and p.name not in arguments]
+    missing = [p.name for p in keywords if p.default is p.empty and p.name not in arguments]
     if missing:
         raise TypeError(f"loss: expected a value for every option of {name!r}, got none for {', '.join(missing)}")
     return BoundLoss(
@@ -179,6 +179,20 @@ def _resolve_function(function: LossFunction, beta: float | None, options: dict[
         bool(getattr(function, "needs_scores", False)),
         built_in=False,
     )
+
+
+def _parameters(function: LossFunction) -> list[inspect.Parameter]:
+    """What `function` takes after the groups."""
+    # A module's own signature is (*args, **kwargs); what it accepts stands on its forward.
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except ValueError as error:
+        raise type_error("loss", "a function whose signature can be read", function) from error
+    return list(signature.parameters.values())[1:]
+
+
+def _keywords(function: LossFunction) -> list[inspect.Parameter]:
+    return [p for p in _parameters(function) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 def _refuse_unknown(name: str, options: Mapping[str, Any], accepted: list[str]) -> None:

@@ -125,7 +125,7 @@ class ExponentialTilt(RobustObjective):
             value=value,
             weights=weights,
             coefficients=weights * self.factor(calibration, losses),
-            parameter=losses.new_tensor(abs(self.temperature)),
+            parameter=losses.new_full((), abs(self.temperature)),
             log_partition=scores.logsumexp(0),
         )
 

@@ -126,22 +126,22 @@ def _solve_ball(values: Tensor, factor: Tensor, radius: float) -> Solution:
     spread = (top - exact.amin()).clamp(min=torch.finfo(exact.dtype).tiny)
     below = (exact - top) / spread
     ends = (math.log(_INVERSE_LOW), min(math.log(_INVERSE_HIGH), math.log(torch.finfo(exact.dtype).max) - 1))
-    low, high = exact.new_tensor(ends[0]), exact.new_tensor(ends[1])
+    low, high = exact.new_full((), ends[0]), exact.new_full((), ends[1])
     steps = torch.linspace(0, 1, _SECTIONS + 1, dtype=exact.dtype, device=exact.device)
     for _ in range(_ROUNDS):
         grid = low + (high - low) * steps
-        inside = (_divergence(grid.exp()[:, None] * below) <= radius).sum().clamp(1, _SECTIONS)
-        low, high = grid[inside - 1], grid[inside]
+        inside = _divergence(grid.exp()[:, None] * below) <= radius
+        low, high = torch.where(inside, grid, low).amax(), torch.where(inside, high, grid).amin()
     inverse = low.exp()
-    at_top = exact == top
+    at_top = (exact == top).to(exact.dtype)
     concentrated = radius >= math.log(values.numel()) - at_top.sum().log()
-    uniform_at_top = at_top / at_top.sum()
-    weights = torch.where(concentrated, uniform_at_top, (inverse * below).softmax(0))
+    weights = torch.where(concentrated, at_top / at_top.sum(), (inverse * below).softmax(0))
     parameter = torch.where(concentrated, torch.zeros_like(inverse), spread / inverse)
     if radius == 0:
         weights, parameter = torch.full_like(weights, 1 / values.numel()), torch.full_like(parameter, math.inf)
-    info, dtype = torch.finfo(exact.dtype), values.dtype
-    tilted = (exact / parameter.clamp(min=info.tiny)).clamp(-info.max, info.max)
+    dtype = values.dtype
+    limit = torch.finfo(dtype).max
+    tilted = (exact / parameter.clamp(min=torch.finfo(exact.dtype).tiny)).clamp(-limit, limit)
     return Solution(
         value=(weights * exact).sum().to(dtype),
         weights=weights.to(dtype),
