@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", type=_dtypes, default="fp32,bf16", help="comma-separated: fp32, bf16 (default both)")
     parser.add_argument("--rounds", type=_positive, default=5, help="timed steps of each implementation (default 5)")
     parser.add_argument(
-        "--threads", type=_positive, default=torch.get_num_threads(), help="threads of every process (default %(default)s)"
+        "--threads", type=_positive, default=torch.get_num_threads(), help="of every process (default %(default)s)"
     )
     parser.add_argument("--only", default="all", help=f"comma-separated: {', '.join(IMPLEMENTATIONS)} (default all)")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurement")
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sections.append(section)
     text = markdown(machine, shape_dict(shape), options.rounds, sections)
     record = {
-        "machine": machine,
+        "machine": asdict(machine),
         "shape": shape_dict(shape),
         "rounds": options.rounds,
         "seed": options.seed,

@@ -43,7 +43,7 @@ def _mm_transposed(o: Operands) -> dict[str, Product]:
 
 
 def _onednn(o: Operands) -> dict[str, Product]:
-    """oneDNN's inner product, x Wᵀ for any strides of W; dweight as its transpose, which needs no copy of the tile."""
+    """The inner product of oneDNN, x Wᵀ for any strides of W; dweight transposed, which needs no copy of the tile."""
     linear = torch.ops.mkldnn._linear_pointwise
     columns = o.rows.t().contiguous()
     return {

@@ -1,7 +1,7 @@
 """Every implementation under test, each called the way its own documentation or trainer calls it.
 
-An implementation is a builder: given a `Problem` it returns `loss(hidden, weight) -> Tensor []`, differentiable in both.
-Builders import their package themselves, so a missing peer is left out without touching the others.
+An implementation is a builder: given a `Problem` it returns `loss(hidden, weight) -> Tensor []`, differentiable in
+both. Builders import their package themselves, so a missing peer is left out without touching the others.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def trl(problem: Problem) -> LossFunction:
     targets = problem.targets.clamp(min=0).flatten()
 
     def logps(hidden: Tensor, weight: Tensor) -> Tensor:
-        token_logps = ChunkedLogProbFunction.apply(
+        token_logps: Tensor = ChunkedLogProbFunction.apply(
             hidden.flatten(0, 1), weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
         )[0]
         return token_logps.view(mask.shape).masked_fill(~mask, 0).sum(1)
@@ -196,9 +196,9 @@ def _liger(problem: Problem, *, compiled: bool) -> LossFunction:
     head = LigerFusedLinearDPOLoss(beta=problem.beta, compiled=compiled, use_ref_model=True)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        value, _ = head(
+        value: Tensor = head(
             weight, hidden, problem.targets, ref_input=problem.ref_hidden, ref_weight=problem.ref_weight
-        )
+        )[0]
         return value
 
     return loss
@@ -222,7 +222,7 @@ def cce(problem: Problem) -> LossFunction:
     from cut_cross_entropy import linear_cross_entropy
 
     def logps(hidden: Tensor, weight: Tensor) -> Tensor:
-        nll = linear_cross_entropy(hidden, weight, problem.targets, impl="torch_compile", reduction="none")
+        nll: Tensor = linear_cross_entropy(hidden, weight, problem.targets, impl="torch_compile", reduction="none")
         return -nll.sum(1)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def cce(problem: Problem) -> LossFunction:
     return loss
 
 
-def _ours(problem: Problem, **options: object) -> LossFunction:
+def _ours(problem: Problem, **options: torch.dtype) -> LossFunction:
     from robust_dpo import linear_preference_loss
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:

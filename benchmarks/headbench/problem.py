@@ -94,10 +94,10 @@ class Solution:
 def make_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Problem:
     """Hidden states and heads as a language model has them, not flat noise.
 
-    Rows of the head have norm 1 and a hidden state points at a handful of Zipf-distributed candidate tokens, so that a few
-    logits stand out from a Gaussian background; targets are drawn from the resulting softmax. With the constants below the
-    log-prob of a target is around -2.5 on average, with a tail to -20. The reference is the policy with noise on
-    hidden states and head that puts the margins of the pairs near 1.
+    Rows of the head have norm 1 and a hidden state points at a handful of candidate tokens, low ids most often, so that
+    a few logits stand out from a Gaussian background; targets are drawn from the resulting softmax. With the constants
+    below the log-prob of a target is around -2.5 on average at the default sizes, with a long tail. The reference is
+    the policy with noise on hidden states and head that puts the margins of the pairs near 1.
     """
     generator = torch.Generator().manual_seed(seed)
 

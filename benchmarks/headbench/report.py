@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from headbench.machine import machine_line
+from headbench.machine import Machine
 
 OURS = "ours"
 
@@ -43,6 +43,7 @@ class Section:
     rows: list[Row]
     floor: Row
     floor_choices: list[dict[str, Any]]
+    floor_tried: list[dict[str, Any]]
     product_flops: int
     data: dict[str, Any]
 
@@ -115,12 +116,12 @@ def markdown_table(section: Section) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(COLUMNS), rule, *_cells(section)])
 
 
-def markdown(machine: dict[str, object], shape: dict[str, int], rounds: int, sections: list[Section]) -> str:
+def markdown(machine: Machine, shape: dict[str, int], rounds: int, sections: list[Section]) -> str:
     """The whole generated text: machine, problem, then one table for each dtype."""
     parts = [
-        f"Measured on {machine_line(machine)}",
-        f"Problem: V = {shape['vocab']}, H = {shape['width']}, {shape['sequences']} sequences of {shape['tokens']} tokens, "
-        f"{shape['response_rows']} response rows; {rounds} interleaved rounds.",
+        f"Measured on {machine.sentence}",
+        f"Problem: V = {shape['vocab']}, H = {shape['width']}, {shape['sequences']} sequences of {shape['tokens']} "
+        f"tokens, {shape['response_rows']} response rows; {rounds} interleaved rounds.",
     ]
     for section in sections:
         routes = "; ".join(

@@ -19,7 +19,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _prepare(shape: Shape, dtype: torch.dtype, seed: int, folder: Path) -> tuple[Path, Path, dict[str, Any]]:
     """Write the problem and its float64 solution; returns both paths and what the data look like."""
-    problem_path, solution_path = folder / f"problem-{dtype_name(dtype)}.pt", folder / f"solution-{dtype_name(dtype)}.pt"
+    problem_path, solution_path = (folder / f"{what}-{dtype_name(dtype)}.pt" for what in ("problem", "solution"))
     make_problem(shape, dtype, seed).save(problem_path)
     # Read back: solve exactly what the workers will read.
     problem = Problem.load(problem_path, mmap=True)
@@ -94,4 +94,4 @@ def measure(
     finally:
         for worker in timers.values():
             worker.stop()
-    return Section(label, list(rows.values()), floor, products["chosen"], shape.product_flops, data)
+    return Section(label, list(rows.values()), floor, products["chosen"], products["tried"], shape.product_flops, data)

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,7 +30,8 @@ class WorkerError(RuntimeError):
 def _time_floor(connection: Connection, problem_path: Path) -> None:
     floor = Floor(Problem.load(problem_path, mmap=True))
     tried = floor.search()
-    connection.send({"tried": [asdict(choice) for choice in tried], "chosen": [asdict(c) for c in floor.choices.values()]})
+    choices = {"tried": tried, "chosen": floor.choices.values()}
+    connection.send({kind: [asdict(choice) for choice in some] for kind, some in choices.items()})
     while connection.recv():
         connection.send(floor.step())
 
@@ -80,10 +82,17 @@ def _measure_memory(connection: Connection, name: str, problem_path: Path) -> No
     connection.send({"extra_bytes": peak - baseline, "baseline_bytes": baseline, "method": method})
 
 
+_TASKS: dict[str, Callable[..., None]] = {
+    "floor": _time_floor,
+    "time": _time_implementation,
+    "memory": _measure_memory,
+}
+
+
 def _enter(task: str, connection: Connection, threads: int, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    {"floor": _time_floor, "time": _time_implementation, "memory": _measure_memory}[task](connection, *arguments)
+    _TASKS[task](connection, *arguments)
 
 
 class Worker:
@@ -115,7 +124,7 @@ class Worker:
     def ask(self) -> float:
         """Seconds of one more step."""
         self.connection.send(True)
-        return self.receive()
+        return float(self.receive())
 
     def stop(self) -> None:
         if self.process.is_alive():
