@@ -14,9 +14,16 @@ from robust_dpo.world.styles import STYLES, Writer
 from robust_dpo.world.town import NAMES, TOPICS, Question, quality
 
 DEFAULT_PROPORTIONS: Mapping[str, float] = {"human": 0.4, "synthetic_a": 0.3, "synthetic_b": 0.3}
-MAX_RESPONSES = 2 * len(TOPICS) + 1  # each topic counts -1, 0 or +1, and the qualities of a group are all different
 
 Split = Literal["all", "train", "eval"]
+
+
+def _reachable(num_topics: int) -> range:
+    """Qualities that responses are planned with: at most half of the topics are stated wrongly on balance."""
+    return range(-(num_topics // 2), num_topics + 1)
+
+
+MAX_RESPONSES = len(_reachable(len(TOPICS)))  # the qualities of a group are all different
 
 
 def make_world(
@@ -41,7 +48,7 @@ def make_world(
     Args:
         num_prompts: rows to draw, at least 1.
         seed: the same seed gives the same rows in every process.
-        responses_per_prompt: K, from 2 to 13.
+        responses_per_prompt: K, from 2 to 10.
         proportions: share of the rows of each source (keys of `STYLES`), not negative, made to sum to 1; counts are
             exact to one row.
         mixed: probability in [0, 1] that each response of a row draws its own source by `proportions`, instead of all
@@ -126,7 +133,7 @@ def _row(
 
 def _targets(num_topics: int, num_responses: int, rng: random.Random) -> list[int]:
     """Different qualities for the responses of a group, as far apart as possible without being the same every time."""
-    reachable = range(-num_topics, num_topics + 1)
+    reachable = _reachable(num_topics)
     gap = len(reachable) // num_responses
     base = rng.randrange(len(reachable) - gap * (num_responses - 1))
     targets = [reachable[base + gap * index] for index in range(num_responses)]
@@ -146,7 +153,7 @@ def _plan(topics: list[str], target: int, rng: random.Random) -> dict[str, str]:
 
 def _questions(split: Split, num_responses: int) -> list[Question]:
     """Every question of the split with enough topics for `num_responses` different qualities."""
-    fewest = max(2, num_responses // 2)
+    fewest = next(size for size in range(2, len(TOPICS) + 1) if len(_reachable(size)) >= num_responses)
     sizes = range(fewest, max(4, fewest + 1))
     asked = [
         Question(name, topics) for name in NAMES for size in sizes for topics in itertools.combinations(TOPICS, size)
