@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from transformers import TrainingArguments
 
 from robust_dpo import losses
+from robust_dpo.calibration.density_ratio import Form
 from robust_dpo.calibration.reduce import REDUCTIONS
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.losses import BoundLoss
@@ -17,7 +18,6 @@ from robust_dpo.robust import MODES, Mean, RobustObjective, from_mode
 from robust_dpo.robust import resolve as resolve_objective
 
 HEAD_ROUTES = ("auto", "fused", "logits")
-CALIBRATION_FORMS = ("paper", "mixture", "official")
 BAD_ROW_POLICIES = ("error", "drop")
 NONFINITE_POLICIES = ("stop", "skip")
 TRUNCATION_MODES = ("keep_end", "keep_start")
@@ -91,9 +91,7 @@ class RobustDPOConfig(TrainingArguments):
     robust_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Parameters of that aggregation by name."}
     )
-    calibration_form: str = field(
-        default="paper", metadata={"help": "How probs become a density ratio.", "choices": list(CALIBRATION_FORMS)}
-    )
+    calibration_form: Form = field(default="paper", metadata={"help": "How probs become a density ratio."})
     calibration_reduce: str = field(
         default="mean", metadata={"help": "How the ratios of a group's responses become the group's."}
     )
@@ -116,17 +114,21 @@ class RobustDPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.loss_type, list | tuple) and len(self.loss_type) == 1:
+        loss_type: object = self.loss_type
+        if isinstance(loss_type, list) and len(loss_type) == 1:
             # TRL's DPOConfig holds a list of losses to add up.
-            self.loss_type = self.loss_type[0]
-        if not isinstance(self.loss_type, str):
-            raise type_error("loss_type", "the name of one loss", self.loss_type)
+            loss_type = loss_type[0]
+        if not isinstance(loss_type, str):
+            raise type_error("loss_type", "the name of one loss", loss_type)
+        self.loss_type = loss_type
         if self.remove_unused_columns:
             raise argument_error("remove_unused_columns", "False: the collator needs every column", True)
         self._check_choices()
         self._check_counts()
         for name in OPTION_FIELDS:
-            if not isinstance(getattr(self, name), dict | None):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
+            elif not isinstance(getattr(self, name), dict):
                 raise type_error(name, "a dictionary", getattr(self, name))
         if self.robust_options and self.robust is None:
             raise argument_error("robust_options", "none without robust", self.robust_options)
@@ -141,9 +143,13 @@ class RobustDPOConfig(TrainingArguments):
                 stacklevel=3,
             )
 
+    def options(self, name: str) -> dict[str, Any]:
+        """A copy of one of OPTION_FIELDS."""
+        return dict(getattr(self, name))
+
     def bound_loss(self) -> BoundLoss:
         """The loss with its options. Raises what `losses.resolve` raises."""
-        options = dict(self.loss_options or {})
+        options = self.options("loss_options")
         if self.label_smoothing is not None:
             if "label_smoothing" in options:
                 raise argument_error("label_smoothing", "one value, not also one in loss_options", self.label_smoothing)
@@ -156,7 +162,7 @@ class RobustDPOConfig(TrainingArguments):
         if self.robust is None:
             return of_mode
         named = resolve_objective(self.robust)
-        options = dict(self.robust_options or {})
+        options = self.options("robust_options")
         known = [entry.name for entry in dataclasses.fields(named)]  # type: ignore[arg-type]  # all are dataclasses
         unknown = [name for name in options if name not in known]
         if unknown:
@@ -183,7 +189,7 @@ class RobustDPOConfig(TrainingArguments):
         for name, allowed in (
             ("mode", MODES),
             ("truncation_mode", TRUNCATION_MODES),
-            ("calibration_form", CALIBRATION_FORMS),
+            ("calibration_form", get_args(Form)),
             ("calibration_reduce", tuple(REDUCTIONS)),
             ("on_bad_row", BAD_ROW_POLICIES),
             ("on_nonfinite", NONFINITE_POLICIES),

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset, IterableDatasetDict
@@ -18,7 +18,7 @@ from robust_dpo.data import PreferenceCollator, load_preferences, tokenize_group
 from robust_dpo.errors import DataError, argument_error, type_error
 from robust_dpo.trainer.config import RobustDPOConfig
 
-Rows = Dataset | str | Path | Iterable[Mapping[str, Any]]
+Rows: TypeAlias = "Dataset | str | Path | Iterable[Mapping[str, Any]]"
 """A data set, the file or hub name of one, or dictionaries."""
 
 _TOKENISED = {"prompt_ids", "response_ids"}
@@ -49,12 +49,12 @@ class RowPreparation:
         if isinstance(rows, IterableDataset | IterableDatasetDict):
             raise type_error(argument, "a data set of known length, not a stream", rows)
         if isinstance(rows, Dataset):
-            dataset = rows if _TOKENISED <= set(rows.column_names) else self._tokenise(rows)
+            dataset = rows if set(rows.column_names) >= _TOKENISED else self._tokenise(rows)
         elif isinstance(rows, str | Path):
             dataset = self._tokenise(rows)
         else:
             rows = list(rows)
-            tokenised = bool(rows) and all(_TOKENISED <= row.keys() for row in rows)
+            tokenised = bool(rows) and all(row.keys() >= _TOKENISED for row in rows)
             dataset = Dataset.from_list(rows) if tokenised else self._tokenise(rows)
         if len(dataset) == 0:
             raise argument_error(argument, "at least one row", "none")
@@ -95,7 +95,7 @@ class RowPreparation:
             # Best first by position where there are no scores.
             by_position = [-float(position) for position in range(size)]
             quality = torch.tensor([scores[index] or by_position for index in members], dtype=torch.float64)
-            ratios = density_ratio(values, form=self.args.calibration_form, **(self.args.calibration_options or {}))
+            ratios = density_ratio(values, form=self.args.calibration_form, **self.args.options("calibration_options"))
             ranked = ratios.gather(1, quality.argsort(dim=1, descending=True, stable=True))
             groups = group_calibration(ranked, self.args.calibration_reduce)
             for index, value in zip(members, groups.tolist(), strict=True):

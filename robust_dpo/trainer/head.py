@@ -62,7 +62,7 @@ def candidate_transforms(config: Any) -> list[LogitTransform]:
     return list(dict.fromkeys([*found, LogitTransform()]))
 
 
-def linear_head(model: nn.Module) -> nn.Linear | None:
+def linear_head(model: Any) -> nn.Linear | None:
     """The output projection of a causal language model where it is a plain `nn.Linear`; None where it is not.
 
     A head that carries an adapter, is quantised or is the user's own class computes something else than

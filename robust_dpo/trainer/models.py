@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from robust_dpo.errors import argument_error, type_error
 
 
-def load_model(model: str | nn.Module, init_kwargs: dict[str, Any] | None, *, argument: str) -> nn.Module:
+def load_model(model: str | nn.Module, init_kwargs: dict[str, Any], *, argument: str) -> nn.Module:
     """The model itself, or the one that `from_pretrained` finds under a path or hub name, in float32 unless asked.
 
     Training moves weights by less than bf16 can tell apart, so the stored dtype is not the default.
@@ -21,7 +21,7 @@ def load_model(model: str | nn.Module, init_kwargs: dict[str, Any] | None, *, ar
         ValueError: `init_kwargs` are given for a model that is already loaded.
     """
     if isinstance(model, str):
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32", **(init_kwargs or {})})
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32", **init_kwargs})
         return loaded
     if not isinstance(model, nn.Module):
         raise type_error(argument, "a model, or the path or name of one", model)
@@ -41,7 +41,8 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
         raise type_error("peft_config", "a peft.PeftConfig such as LoraConfig", peft_config)
     if isinstance(model, PeftModel):
         raise argument_error("peft_config", "None for a model that has an adapter already", peft_config.peft_type)
-    return get_peft_model(model, peft_config)  # type: ignore[arg-type,return-value]  # any HF model
+    adapted: PeftModel = get_peft_model(model, peft_config)
+    return adapted
 
 
 def load_tokenizer(processing_class: PreTrainedTokenizerBase | None, model: nn.Module) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from robust_dpo.trainer.scoring import Batch, SequenceScorer
 class Reference(Protocol):
     """Gives the reference log-probs of a batch."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """Tells its weights from others'."""
 
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         """[S], no gradient. `policy` is the (wrapped) model in training."""
@@ -93,7 +95,7 @@ def frozen_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> Any:
     while not hasattr(model, "disable_adapter"):
         model = model.get_submodule("module")
     return model

@@ -18,12 +18,14 @@ Batch = dict[str, Any]
 
 def shifted_targets(batch: Batch) -> Tensor:
     """[S, T] int64, the token that each position predicts; -100 where there is none (prompt, padding, last)."""
-    return nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    targets: Tensor = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    return targets
 
 
 def response_lengths(batch: Batch) -> Tensor:
     """[S] int64, tokens of each response."""
-    return (batch["labels"][:, 1:] != IGNORED).sum(1)
+    lengths: Tensor = (batch["labels"][:, 1:] != IGNORED).sum(1)
+    return lengths
 
 
 @dataclass(frozen=True)

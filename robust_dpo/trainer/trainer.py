@@ -58,6 +58,8 @@ class RobustDPOTrainer(Trainer):
     """
 
     args: RobustDPOConfig
+    train_dataset: Dataset | None
+    eval_dataset: Dataset | dict[str, Dataset] | None
 
     def __init__(
         self,
@@ -78,9 +80,9 @@ class RobustDPOTrainer(Trainer):
             raise type_error("args", "a RobustDPOConfig", args)
         if ref_model is not None and ref_model is model and not isinstance(model, str):
             raise argument_error("ref_model", "another object than model, or None for a frozen copy", "the same object")
-        policy = load_model(model, args.model_init_kwargs, argument="model")
+        policy = load_model(model, args.options("model_init_kwargs"), argument="model")
         if ref_model is not None:
-            ref_model = load_model(ref_model, args.ref_model_init_kwargs, argument="ref_model")
+            ref_model = load_model(ref_model, args.options("ref_model_init_kwargs"), argument="ref_model")
         processing_class = load_tokenizer(processing_class, policy)
         if peft_config is not None:
             policy = add_adapter(policy, peft_config)
@@ -179,11 +181,13 @@ class RobustDPOTrainer(Trainer):
         """As in transformers; rows that are not tokenised yet are prepared like those of the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
+        loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
+        return loader
 
     def get_test_dataloader(self, test_dataset: Rows) -> DataLoader[Any]:
         """As in transformers; rows that are not tokenised yet are prepared like those of the constructor."""
-        return super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
+        loader: DataLoader[Any] = super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
+        return loader
 
     def preference_output(self, model: nn.Module, batch: Batch) -> PreferenceOutput:
         """Loss, log-probs and robust weights of one batch.
@@ -214,8 +218,9 @@ class RobustDPOTrainer(Trainer):
     def _ref_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
         if not self.bound_loss.needs_reference:
             return None
-        if "ref_logps" in batch:
-            return batch["ref_logps"]  # type: ignore[no-any-return]
+        ref_logps: Tensor | None = batch.get("ref_logps")
+        if ref_logps is not None:
+            return ref_logps
         if self.reference is None:
             raise argument_error("eval_dataset", "rows with ref_logps, as the reference was not kept", "rows without")
         return self.reference.logps(model, batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
@@ -28,31 +28,30 @@ _SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**_SHAPE, "tie_word_embeddings": False}),
     "llama-tied": ("LlamaConfig", {**_SHAPE, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", {**_SHAPE, "tie_word_embeddings": True}),
     "mistral": ("MistralConfig", {**_SHAPE, "sliding_window": None}),
-    "gemma2-softcap": (
-        "Gemma2Config",
-        {**_SHAPE, "head_dim": 8, "final_logit_softcapping": 3.0, "attn_implementation": "eager"},
-    ),
+    "gemma2-softcap": ("Gemma2Config", {**_SHAPE, "head_dim": 8, "final_logit_softcapping": 3.0}),
     "gpt2-tied": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "cohere-scale": ("CohereConfig", {**_SHAPE, "logit_scale": 0.25}),
     "granite-divides": ("GraniteConfig", {**_SHAPE, "logits_scaling": 4.0}),
 }
 
 
-def build_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """A model with random weights, large enough that its logits differ."""
-    name, fields = FAMILIES[family]
-    config = getattr(transformers, name)(**_COMMON, initializer_range=0.15, **fields)
+def _build_model(family: str = "llama", seed: int = 0, **fields: Any) -> PreTrainedModel:
+    name, shape = _FAMILIES[family]
+    # Twice the usual spread, so that logits and log-ratios differ visibly.
+    config = getattr(transformers, name)(**{**_COMMON, "initializer_range": 0.15, **shape, **fields})
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=fields.get("attn_implementation"))
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
-def build_rows(count: int = 12, size: int = 2, seed: int = 0, **columns: Callable[[random.Random], float]) -> list[dict]:
-    """Rows with ragged prompts and responses; the preferred response uses other words than the rest."""
+def _build_rows(
+    count: int = 12, size: int = 2, seed: int = 0, **columns: Callable[[random.Random], float]
+) -> list[dict[str, Any]]:
+    """Ragged prompts and responses; preferred responses use other words than the rest. `columns` draw K values."""
     rng = random.Random(seed)
 
     def text(words: list[str]) -> str:
@@ -68,6 +67,23 @@ def build_rows(count: int = 12, size: int = 2, seed: int = 0, **columns: Callabl
         }
         for index in range(count)
     ]
+
+
+@pytest.fixture(params=list(_FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def build_model() -> Callable[..., PreTrainedModel]:
+    """family, seed, configuration fields → model."""
+    return _build_model
+
+
+@pytest.fixture
+def build_rows() -> Callable[..., list[dict[str, Any]]]:
+    """count, size (K), seed, columns → rows."""
+    return _build_rows
 
 
 @pytest.fixture(scope="session")
@@ -86,26 +102,45 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable
     def make(model: Any = None, **options: Any) -> RobustDPOTrainer:
         own = ("ref_model", "train_dataset", "eval_dataset", "peft_config", "callbacks", "processing_class")
         arguments = {name: options.pop(name) for name in own if name in options}
-        options.setdefault("output_dir", str(tmp_path / "run"))
-        options = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "max_steps": 3, **options}
-        quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
-        arguments.setdefault("train_dataset", build_rows())
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "max_steps": 3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        arguments.setdefault("train_dataset", _build_rows())
         arguments.setdefault("processing_class", tokenizer)
-        config = RobustDPOConfig(**{**quiet, **options})
-        return RobustDPOTrainer(build_model() if model is None else model, args=config, **arguments)
+        config = RobustDPOConfig(**{**defaults, **options})
+        return RobustDPOTrainer(_build_model() if model is None else model, args=config, **arguments)
 
     return make
 
 
-def first_batch(trainer: RobustDPOTrainer, count: int | None = None) -> dict[str, Any]:
-    """The collated first rows of the trainer's training data."""
-    rows = trainer.train_dataset
-    return trainer.data_collator([rows[index] for index in range(count or len(rows))])
+@pytest.fixture
+def whole_batch() -> Callable[[RobustDPOTrainer], dict[str, Any]]:
+    """All training rows of a trainer, collated."""
+    return lambda trainer: trainer.data_collator([*trainer.train_dataset])
+
+
+@pytest.fixture
+def response_logps() -> Callable[[Any, dict[str, Any]], Tensor]:
+    """model, batch → [S] float64: the specification, token by token from the model's own logits."""
+
+    def compute(model: Any, batch: dict[str, Any]) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+        table = logits[:, :-1].log_softmax(-1)
+        labels = batch["labels"][:, 1:]
+        chosen = table.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+        return (chosen * (labels != -100)).sum(1)
+
+    return compute
 
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
-
-
-__all__ = ["FAMILIES", "build_model", "build_rows", "first_batch", "warnings"]
