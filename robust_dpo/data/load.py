@@ -13,8 +13,8 @@ import datasets
 
 from robust_dpo.data.formats import FORMATS, Format, detect_format
 from robust_dpo.data.readers import Record, Table, open_source
-from robust_dpo.data.rows import COLUMNS, BadRow, Reason, Row, features, kind_of
-from robust_dpo.errors import DataError, argument_error
+from robust_dpo.data.rows import COLUMNS, DROP_HINT, BadRow, Reason, Row, features, kind_of
+from robust_dpo.errors import DataError, argument_error, type_error
 
 _PROBE = 64
 """Rows of a table that vote on its format."""
@@ -22,7 +22,6 @@ _EXAMPLES = 3
 """Bad rows per reason that the report shows."""
 _CHUNK = 4096
 """Rows that are Python objects at one time; the rest is Arrow already."""
-_HINT = "on_bad_row='drop' (--on-bad-row drop) leaves such rows out and counts them"
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,8 @@ def load_preferences(
     """
     if on_bad_row not in ("error", "drop"):
         raise argument_error("on_bad_row", "'error' or 'drop'", repr(on_bad_row))
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+        raise type_error("limit", "an integer or None", limit)
     if limit is not None and limit < 1:
         raise argument_error("limit", "at least 1", limit)
     tables = open_source(source, split, name)
@@ -177,7 +178,7 @@ class _Loading:
     def _refuse(self, bad: BadRow, table: Table, line: int) -> None:
         """Count a bad row, or stop at it."""
         if not self.drop:
-            raise DataError(f"{bad} ({_HINT})", path=table.label, line=line)
+            raise DataError(f"{bad} ({DROP_HINT})", path=table.label, line=line)
         self.dropped[bad.reason.value] += 1
         if self.dropped[bad.reason.value] <= _EXAMPLES:
             self.examples.append(f"{table.label}:{line}: {bad}")

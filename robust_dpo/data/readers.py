@@ -81,16 +81,16 @@ def _open_path(path: Path, split: str | None) -> list[Table]:
 
 def _open_folder(path: Path, split: str | None) -> list[Table]:
     """Every data file below a folder, by name; with a split, those whose name or folder begins with it."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in _READERS)
+    relative = {file: file.relative_to(path) for file in sorted(path.rglob("*"))}
+    hidden = {file for file, below in relative.items() if any(part.startswith(".") for part in below.parts)}
+    files = [file for file in relative if file.is_file() and _suffix(file) in _READERS and file not in hidden]
     if not files:
         raise DataError(f"no data file in this folder (looked for {', '.join(_READERS)})", path=path)
-    relative = {file: file.relative_to(path) for file in files}
     if split is not None:
         begins = re.compile(rf"{re.escape(split)}(?![A-Za-z0-9])")
         files = [file for file in files if any(begins.match(part) for part in relative[file].parts)]
         if not files:
-            names = ", ".join(map(str, relative.values()))
-            raise DataError(f"no file of split {split!r} in this folder; it has {names}", path=path)
+            raise DataError(f"no file or folder in it is named after the split {split!r}", path=path)
     return [_file_table(file, relative[file].as_posix()) for file in files]
 
 
@@ -115,7 +115,8 @@ def _open_hub(source: str, split: str | None, name: str | None) -> Table:
         raise DataError("no such file or folder", path=source)
     try:
         found = datasets.load_dataset(source, name, split=split)
-    except (OSError, ValueError) as error:  # not found, no connection (both OSErrors), no such split or configuration
+    # OSError: not found, no connection; ValueError: no such split or configuration; DatasetsError: damaged files
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"neither a path here nor a data set that the Hub gives: {error}", path=source) from error
     if isinstance(found, Mapping):
         return _one_split(found, None, source)
@@ -132,7 +133,8 @@ def _one_split(splits: Mapping[str, Any], split: str | None, label: str) -> Tabl
 
 
 def _read_rows(rows: Iterable[Any]) -> Iterator[Record]:
-    for number, row in enumerate(rows, 1):
+    plain = rows.with_format(None) if isinstance(rows, datasets.Dataset) else rows
+    for number, row in enumerate(plain, 1):
         yield Record(number, row)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Real
 from typing import Any, TypedDict
 
 from datasets import Features, List, Value
@@ -22,6 +23,8 @@ Prompt = str | list[Message]
 
 COLUMNS = ("id", "prompt", "responses", "scores", "probs", "sources")
 """The canonical columns, in order."""
+
+DROP_HINT = "on_bad_row='drop' (--on-bad-row drop) leaves such rows out and counts them"
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -44,6 +47,8 @@ class Reason(str, Enum):
     TIED_SCORES = "all scores tied"
     BAD_PROBABILITY = "probability outside (0, 1)"
     MESSAGE_ROLES = "message roles"
+    CHAT_TEMPLATE = "chat template"
+    NO_TOKENS = "no tokens"
     MIXED_PROMPTS = "text and conversational prompts mixed"
 
 
@@ -159,7 +164,7 @@ def as_numbers(value: Any, field: str, reason: Reason) -> list[float]:
     """A list of floats, or BadRow of `reason` naming the element; NaN passes, it is refused with its own message."""
     numbers = []
     for index, item in enumerate(as_list(value, field)):
-        if isinstance(item, bool) or not isinstance(item, (int, float)):
+        if isinstance(item, bool) or not isinstance(item, Real):
             raise BadRow(reason, f"{field}[{index}] is {kind_of(item)}, not a number")
         try:
             numbers.append(float(item))

@@ -12,9 +12,10 @@ from typing import Any
 
 import datasets
 from datasets import List, Value
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from robust_dpo.data.rows import Message, Prompt
+from robust_dpo.data.rows import DROP_HINT, BadRow, Message, Prompt, Reason
 from robust_dpo.errors import DataError, argument_error, type_error
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ def tokenize_groups(
         max_length: most tokens of prompt and response together, at least 2; None is no limit.
         max_prompt_length: most tokens of the prompt, applied first; None is no limit of its own.
         truncation: which part of a long prompt stays: "keep_end" or "keep_start".
-        on_bad_row: what to do with rows that have no prompt token or an empty response after tokenisation: "error", or
-            "drop" with a warning that counts them.
+        on_bad_row: what to do with rows whose prompt or response has no token, or that the chat template refuses:
+            "error", or "drop" with a warning that counts them.
         add_bos: write BOS before the prompt; None does what the tokenizer itself does.
         num_proc: processes.
 
@@ -71,7 +72,8 @@ def tokenize_groups(
         prompt_cut and response_cut (tokens that truncation removed: int32, and K int32). All other columns stay.
 
     Raises:
-        DataError: a row without tokens, a chat template that is missing or that does not begin with the prompt.
+        DataError: no chat template for conversational rows; with "error", a row that cannot be used, and why; with
+            "drop", no row that can.
         TypeError, ValueError: an argument that cannot be used.
     """
     if not isinstance(dataset, datasets.Dataset):
@@ -79,10 +81,18 @@ def tokenize_groups(
     for column in ("id", "prompt", "responses"):
         if column not in dataset.column_names:
             raise argument_error("dataset", f"the canonical column {column!r}", dataset.column_names)
+    if not isinstance(dataset.features["responses"], List):
+        raise argument_error("dataset", "a list of texts in the column responses", dataset.features["responses"])
     if on_bad_row not in ("error", "drop"):
         raise argument_error("on_bad_row", "'error' or 'drop'", repr(on_bad_row))
+    encoder = GroupEncoder.build(tokenizer, add_bos)
+    if isinstance(dataset.features["prompt"], List) and not tokenizer.chat_template:
+        raise DataError(
+            "the rows are conversations, but the tokenizer has no chat template; set tokenizer.chat_template, or "
+            "use the tokenizer of an instruction-tuned model, or give the prompts as text"
+        )
     limits = Limits(max_length, max_prompt_length, truncation)
-    encode = partial(_encode_batch, encoder=GroupEncoder.build(tokenizer, add_bos), limits=limits)
+    encode = partial(_encode_batch, encoder=encoder, limits=limits)
     ids = {"prompt_ids": List(Value("int32")), "response_ids": List(List(Value("int32")))}
     cuts = {"prompt_cut": Value("int32"), "response_cut": List(Value("int32"))}
     kept = {name: kind for name, kind in dataset.features.items() if name not in ("prompt", "responses")}
@@ -95,7 +105,7 @@ def tokenize_groups(
         load_from_cache_file=False,
         desc="Tokenising",
     )
-    return _without_empty(tokenised, on_bad_row)
+    return _usable(tokenised, on_bad_row)
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ class Limits:
         if self.max_prompt_length is not None:
             prompt = self._cut_prompt(prompt, self.max_prompt_length, bos)
         if self.max_length is not None:
-            room = self.max_length - max(map(len, responses))
+            room = self.max_length - max(map(len, responses), default=0)
             prompt = self._cut_prompt(prompt, max(room, self.max_length // 2), bos)
             responses = [ids[: self.max_length - len(prompt)] for ids in responses]
         return prompt, responses
@@ -170,7 +180,7 @@ class GroupEncoder:
         return ids
 
     def texts(self, prompt: Prompt, responses: Sequence[str]) -> tuple[str, list[str]]:
-        """The texts to tokenise: those of the row, or what the chat template makes of its messages."""
+        """The texts to tokenise: those of the row, or what the chat template makes of its messages (or BadRow)."""
         if isinstance(prompt, str):
             return prompt, list(responses)
         head = self._render(prompt, add_generation_prompt=True)
@@ -185,22 +195,23 @@ class GroupEncoder:
         return response if self.eos is None or response[-1:] == [self.eos] else [*response, self.eos]
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                "the rows are conversations, but the tokenizer has no chat template; set tokenizer.chat_template, or "
-                "use the tokenizer of an instruction-tuned model, or give the prompts as text"
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except TemplateError as error:  # templates raise for roles or an order of turns that they do not know
+            raise BadRow(Reason.CHAT_TEMPLATE, f"it refuses the conversation: {error}") from error
         return str(text)
 
     def _render_response(self, prompt: list[Message], head: str, response: str) -> str:
         turn = Message(role="assistant", content=response)
         whole = self._render([*prompt, turn], add_generation_prompt=False)
         if not whole.startswith(head):
-            raise DataError(
-                "the chat template writes the prompt differently once a response follows, so there is no boundary "
-                f"between them: with its generation prompt the prompt ends in {head[-40:]!r}, with the response "
-                f"this stands there: {whole[max(0, len(head) - 40) : len(head) + 20]!r}"
+            raise BadRow(
+                Reason.CHAT_TEMPLATE,
+                "it writes the prompt differently once a response follows, so there is no boundary between them; with "
+                f"the generation prompt the prompt ends in {head[-40:]!r}, with the response "
+                f"{whole[max(0, len(head) - 40) : len(head) + 20]!r} stands there",
             )
         text = whole[len(head) :]
         # Templates put a line break after the turn's EOS; generation stops before it, so it is no part of the response.
@@ -210,7 +221,15 @@ class GroupEncoder:
 
 def _encode_batch(batch: Mapping[str, list[Any]], encoder: GroupEncoder, limits: Limits) -> dict[str, list[Any]]:
     """The new columns of a batch of rows; the status column holds what is wrong with a row, or null."""
-    texts = [encoder.texts(*row) for row in zip(batch["prompt"], batch["responses"], strict=True)]
+    statuses: list[str | None] = []
+    texts: list[tuple[str, list[str]]] = []
+    for row in zip(batch["prompt"], batch["responses"], strict=True):
+        try:
+            texts.append(encoder.texts(*row))
+            statuses.append(None)
+        except BadRow as bad:
+            texts.append(("", []))
+            statuses.append(str(bad))
     prompts = encoder.encode([prompt for prompt, _ in texts])
     flat = encoder.encode([response for _, responses in texts for response in responses])
     bounds = accumulate((len(responses) for _, responses in texts), initial=0)
@@ -218,39 +237,40 @@ def _encode_batch(batch: Mapping[str, list[Any]], encoder: GroupEncoder, limits:
     columns: dict[str, list[Any]] = {
         name: [] for name in ("prompt_ids", "response_ids", "prompt_cut", "response_cut", _STATUS)
     }
-    for prompt, responses in zip(map(encoder.begin, prompts), groups, strict=True):
+    for status, prompt_ids, responses in zip(statuses, prompts, groups, strict=True):
+        prompt = encoder.begin(prompt_ids)
         whole = [encoder.end(response) for response in responses]
         kept_prompt, kept = limits.apply(prompt, whole, encoder.bos)
         columns["prompt_ids"].append(kept_prompt)
         columns["response_ids"].append(kept)
         columns["prompt_cut"].append(len(prompt) - len(kept_prompt))
         columns["response_cut"].append([len(all_) - len(some) for all_, some in zip(whole, kept, strict=True)])
-        columns[_STATUS].append(_status(prompt, responses))
+        columns[_STATUS].append(status or _missing_tokens(prompt, responses))
     return columns
 
 
-def _status(prompt: list[int], responses: list[list[int]]) -> str | None:
-    """Why a row cannot be trained on, or None."""
-    if not prompt:  # the token before a response predicts its first token
-        return "prompt without tokens"
-    return None if all(responses) else "response without tokens"
+def _missing_tokens(prompt: list[int], responses: list[list[int]]) -> str | None:
+    """Why a row cannot be trained on, or None: the token before a response predicts its first token."""
+    if prompt and responses and all(responses):
+        return None
+    empty = "prompt" if not prompt else f"responses[{responses.index([])}]" if responses else "responses"
+    return f"{Reason.NO_TOKENS.value}: the tokenizer makes nothing of {empty}"
 
 
-def _without_empty(tokenised: datasets.Dataset, on_bad_row: str) -> datasets.Dataset:
-    """Drop or refuse the rows whose status says that they have no tokens."""
+def _usable(tokenised: datasets.Dataset, on_bad_row: str) -> datasets.Dataset:
+    """Drop or refuse the rows whose status says why they cannot be used."""
     statuses = tokenised[_STATUS][:]
     tokenised = tokenised.remove_columns(_STATUS)
-    bad = [index for index, status in enumerate(statuses) if status is not None]
+    bad = {index: status for index, status in enumerate(statuses) if status is not None}
     if not bad:
         return tokenised
-    first = f"the first is row {tokenised[bad[0]]['id']}: {statuses[bad[0]]}"
+    index, status = next(iter(bad.items()))
+    first = f"row {tokenised[index]['id']}: {status}"
     if on_bad_row == "error":
-        raise DataError(
-            f"{len(bad)} of {len(statuses)} rows have no tokens to train on; {first} "
-            "(on_bad_row='drop' (--on-bad-row drop) leaves such rows out and counts them)"
-        )
+        raise DataError(f"{first} ({len(bad)} of {len(statuses)} rows cannot be tokenised; {DROP_HINT})")
     if len(bad) == len(statuses):
-        raise DataError(f"none of the {len(statuses)} rows has tokens to train on; {first}")
-    counts = ", ".join(f"{count}: {status}" for status, count in Counter(filter(None, statuses)).items())
-    logger.warning("dropped %d of %d rows after tokenisation (%s); %s", len(bad), len(statuses), counts, first)
-    return tokenised.select([index for index, status in enumerate(statuses) if status is None])
+        raise DataError(f"{first} (none of the {len(statuses)} rows can be tokenised)")
+    counts = Counter(status.partition(":")[0] for status in bad.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    logger.warning("dropped %d of %d rows after tokenisation (%s); %s", len(bad), len(statuses), reasons, first)
+    return tokenised.select([index for index in range(len(statuses)) if index not in bad])
