@@ -12,7 +12,7 @@ from torch import Tensor
 from headbench.problem import IGNORE, Problem
 
 Product = Callable[[], object]
-CHUNKS = (512, 1024, 2048, 4096)
+CHUNKS = (512, 1024, 2048)
 # Logits of the policy, logits of the reference, dhidden, dweight.
 TIMES_NEEDED = {"logits": 2, "dhidden": 1, "dweight": 1}
 
