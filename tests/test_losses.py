@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robust_dpo.groups import GroupLayout, Groups
-from robust_dpo.losses import available_losses, pairwise_loss, register_loss, resolve
+from robust_dpo.losses import available_losses, pairwise_loss, register_loss, registry, resolve
 from robust_dpo.losses.pairs import Pair
 
 NAMES = ("cdpo", "ipo", "lire", "plackett_luce", "robust", "rrhf", "sft", "sigmoid", "simpo")
@@ -360,3 +362,18 @@ def test_a_pairwise_function_of_the_user_is_lifted():
     groups = make_groups([3, 1, 4])
     both = resolve("ipo", 0.1, {"length_normalize": False})(groups)
     torch.testing.assert_close(resolve(squared, 0.2)(groups), 0.04 * both)
+
+
+def test_the_example_of_the_documentation_runs(monkeypatch: pytest.MonkeyPatch):
+    text = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    exec(example, {})
+    groups = make_groups([2, 2], scores=False)
+    d = groups.log_ratios
+    torch.testing.assert_close(resolve("hinge_example", 0.3)(groups), (1 - 0.3 * (d[:, 0] - d[:, 1])).relu())
+
+
+def test_the_documentation_names_every_loss():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
+    assert [name for name in NAMES if f"| `{name}` |" not in text] == []
