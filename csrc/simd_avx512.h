@@ -54,7 +54,10 @@ struct Avx512 {
     }
     static bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
     static float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
-    static double reduce_add(Vec a) { return static_cast<double>(_mm512_reduce_add_ps(a)); }
+    static double reduce_add(Vec a) {
+        const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a));
+        return _mm512_reduce_add_pd(_mm512_add_pd(low, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1))));
+    }
     static Vec keep_first(Vec a, int count) {
         return _mm512_mask_mov_ps(set1(-kInfinity), static_cast<__mmask16>((1u << count) - 1), a);
     }

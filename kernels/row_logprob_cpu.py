@@ -24,7 +24,7 @@ def usable_isas() -> tuple[str, ...]:
 
 
 def thread_runtime() -> str:
-    """"openmp" where torch's own OpenMP pool is used, otherwise "std::thread"."""
+    """ "openmp" where torch's own OpenMP pool is used, otherwise "std::thread"."""
     return str(_cpu.thread_runtime())
 
 
