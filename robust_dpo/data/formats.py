@@ -15,10 +15,10 @@ from robust_dpo.data.rows import (
     Row,
     as_messages,
     as_numbers,
-    as_text,
     as_texts,
     optional_fields,
     require,
+    text_field,
 )
 
 Record = Mapping[str, Any]
@@ -100,12 +100,12 @@ def _pair(record: Record, prompt: Prompt, chosen: str, rejected: str) -> Row:
     extra = optional_fields(record, 2)
     if "sources" not in extra and any(record.get(f"{side}_source") is not None for side in ("chosen", "rejected")):
         names = (f"{side}_source" for side in ("chosen", "rejected"))
-        extra["sources"] = [as_text(require(record, name), name) for name in names]
+        extra["sources"] = [text_field(record, name) for name in names]
     return Row(prompt, [chosen, rejected], **extra)
 
 
 def _text_sides(record: Record) -> tuple[str, str]:
-    return as_text(require(record, "chosen"), "chosen"), as_text(require(record, "rejected"), "rejected")
+    return text_field(record, "chosen"), text_field(record, "rejected")
 
 
 def _listwise(record: Record, prompt: Prompt) -> Row:
@@ -136,7 +136,7 @@ def convert_canonical(record: Record) -> Row:
 def convert_dora(record: Record) -> Row:
     """{"query", "responses", "scores", "probs"?}, the rows of the DoRA authors; their `prompt` form is canonical."""
     require(record, "scores")
-    return _listwise(record, as_text(require(record, "query"), "query"))
+    return _listwise(record, text_field(record, "query"))
 
 
 @register_format(
@@ -147,7 +147,7 @@ def convert_dora(record: Record) -> Row:
 )
 def convert_explicit(record: Record) -> Row:
     """{"prompt", "chosen", "rejected"}, all text (TRL's explicit prompt)."""
-    return _pair(record, as_text(require(record, "prompt"), "prompt"), *_text_sides(record))
+    return _pair(record, text_field(record, "prompt"), *_text_sides(record))
 
 
 @register_format(

@@ -148,6 +148,11 @@ def as_text(value: Any, field: str) -> str:
     return value
 
 
+def text_field(record: Mapping[str, Any], field: str) -> str:
+    """The text of a field that has to be there, or BadRow naming it."""
+    return as_text(require(record, field), field)
+
+
 def as_list(value: Any, field: str) -> list[Any]:
     """A list, or BadRow naming the field."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):

@@ -175,6 +175,8 @@ class GroupEncoder:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text and nothing else."""
+        if not texts:  # a fast tokenizer fails on an empty batch
+            return []
         # verbose=False: the warning about model_max_length is about inputs, and these are cut afterwards
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
