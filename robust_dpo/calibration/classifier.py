@@ -49,9 +49,10 @@ def resolve_classifier(classifier: str | Path | ClassifierFactory) -> Classifier
     if not isinstance(classifier, (str, Path)):
         raise type_error("classifier", "'tfidf', the name or directory of an encoder, or a factory", classifier)
     if classifier == "tfidf":
-        from robust_dpo.calibration.tfidf import TfidfClassifier
+        from robust_dpo.calibration.tfidf import HashedNgrams, TfidfClassifier
 
-        return TfidfClassifier
+        ngrams = HashedNgrams()
+        return lambda seed: TfidfClassifier(seed, ngrams)
     from robust_dpo.calibration.encoder import EncoderClassifier  # imports transformers' trainer
 
     return lambda seed: EncoderClassifier(classifier, seed)
@@ -144,6 +145,7 @@ def cross_fit(
     if folds < 2:
         raise argument_error("folds", "at least 2", folds)
     _check_classes(samples, golden, folds)
+    make = resolve_classifier(classifier)
     fold_of = assign_folds(samples.labels, samples.prompts, folds, seed)
     probs = np.full(len(samples.texts), np.nan)
     prompts = np.asarray(samples.prompts)
@@ -160,7 +162,7 @@ def cross_fit(
                 [text for text, _, _, _ in part],
                 np.asarray([label for _, label, _, _ in part], dtype=np.int64),
                 [prompt for _, _, prompt, _ in part],
-                classifier=classifier,
+                classifier=make,
                 probability=probability,
                 seed=seed,
             )
