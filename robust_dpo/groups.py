@@ -106,6 +106,13 @@ class GroupLayout:
         starts = sizes.cumsum(0) - sizes
         return GroupLayout((starts[:, None] + column) * mask, mask, group_of)
 
+    def part(self, first_group: int, last_group: int, first_response: int, last_response: int) -> GroupLayout:
+        """Groups first … last − 1 over their own responses, counted from zero."""
+        groups = slice(first_group, last_group)
+        mask = self.mask[groups]
+        slots = (self.slots[groups] - first_response) * mask
+        return GroupLayout(slots, mask, self.group_of[first_response:last_response] - first_group)
+
     def pad(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Flat [S] → [G, K], `fill` where there is no response. Differentiable."""
         return values[self.slots].masked_fill(~self.mask, fill)

@@ -1,0 +1,115 @@
+"""The custom op behind `sequence_logps_from_logits`: the row kernel on logits that exist already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_dpo.backends import get_row_logprob
+from robust_dpo.ops.rows import ResponseRows, cut_rows
+
+
+@torch.library.custom_op("robust_dpo::logits_logps", mutates_args=())
+def logits_logps(
+    logits: Tensor,
+    targets: Tensor,
+    seq_lens: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    max_rows: int,
+    backend: str,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logps [S], token logps and entropies shaped like `targets` (entropies empty where not asked for)."""
+    rows = ResponseRows.select(targets, seq_lens, logits.shape[-1])
+    launch = get_row_logprob(backend, logits.device, logits.dtype)
+    flat = logits.reshape(-1, logits.shape[-1])
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logps = logits.new_zeros(len(rows.lengths), dtype=dtype)
+    token_logps = logits.new_zeros(rows.count, dtype=dtype)
+    entropies = torch.zeros_like(token_logps)
+    for start, stop in cut_rows(0, rows.count, max_rows):
+        tile = rows.gather(flat, start, stop)
+        result = launch(
+            tile, rows.targets[start:stop], softcap=softcap, logit_scale=logit_scale, entropy=entropy
+        )
+        rows.add_to_sequences(logps, result.logp, start)
+        token_logps[start:stop] = result.logp
+        if result.entropy is not None:
+            entropies[start:stop] = result.entropy
+    spread = rows.spread(entropies, targets.shape) if entropy else logps.new_empty(0)
+    return logps, rows.spread(token_logps, targets.shape), spread
+
+
+@logits_logps.register_fake
+def _fake(logits: Tensor, targets: Tensor, seq_lens: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    responses = targets.shape[0] if seq_lens is None else seq_lens.shape[0]
+    return (
+        logits.new_empty(responses, dtype=dtype),
+        logits.new_empty(targets.shape, dtype=dtype),
+        logits.new_empty(targets.shape if rest[-1] else (0,), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("robust_dpo::logits_logps_backward", mutates_args=())
+def _backward(
+    grad_logps: Tensor | None,
+    grad_token_logps: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    seq_lens: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    max_rows: int,
+    backend: str,
+) -> Tensor:
+    """Gradient of the logits, in their dtype; zero in rows whose target is −100."""
+    rows = ResponseRows.select(targets, seq_lens, logits.shape[-1])
+    launch = get_row_logprob(backend, logits.device, logits.dtype)
+    flat = logits.reshape(-1, logits.shape[-1])
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    coefficients = rows.coefficients(grad_logps, grad_token_logps, dtype)
+    dense = rows.index is None
+    gradient = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device) if dense else torch.zeros_like(flat)
+    for start, stop in cut_rows(0, rows.count, max_rows):
+        tile = rows.gather(flat, start, stop)
+        # A gathered tile is a copy, so its gradient can take its place before it goes where it belongs.
+        out = gradient[start:stop] if dense else tile
+        launch(
+            tile,
+            rows.targets[start:stop],
+            softcap=softcap,
+            logit_scale=logit_scale,
+            grad_out=out,
+            row_scale=coefficients[start:stop],
+        )
+        if rows.index is not None:
+            gradient[rows.index[start:stop]] = out
+    return gradient.view(logits.shape)
+
+
+@_backward.register_fake
+def _fake_backward(
+    grad_logps: Tensor | None, grad_token_logps: Tensor | None, logits: Tensor, *rest: Any
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:7]
+
+
+def _autograd(ctx: Any, grad_logps: Tensor | None, grad_token_logps: Tensor | None, _: object) -> tuple[Any, ...]:
+    gradient = None
+    if grad_logps is not None or grad_token_logps is not None:
+        gradient = _backward(grad_logps, grad_token_logps, *ctx.saved_tensors, *ctx.settings)
+    return gradient, *(None,) * 7
+
+
+logits_logps.register_autograd(_autograd, setup_context=_setup_context)

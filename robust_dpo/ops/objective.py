@@ -1,0 +1,124 @@
+"""A loss and a robust aggregation, and the derivative that the chunked head needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_dpo import losses, robust
+from robust_dpo.groups import GroupLayout, Groups
+
+Loss = str | Callable[..., Tensor] | losses.BoundLoss
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: a group loss and how the groups' losses become one value."""
+
+    loss: losses.BoundLoss
+    robust: robust.RobustObjective
+
+    @staticmethod
+    def resolve(
+        loss: Loss, beta: float | None, options: Mapping[str, Any], aggregation: str | robust.RobustObjective
+    ) -> Objective:
+        return Objective(losses.resolve(loss, beta, options), robust.resolve(aggregation))
+
+    @property
+    def key(self) -> str:
+        return f"{self.loss.key}|{self.robust.key}"
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Flat vectors [S] of what the losses read; `ref_logps` and `scores` may be missing."""
+
+    logps: Tensor
+    lengths: Tensor
+    ref_logps: Tensor | None
+    scores: Tensor | None
+
+    def part(self, select: slice) -> Responses:
+        """Some consecutive responses."""
+        return Responses(
+            self.logps[select],
+            self.lengths[select],
+            None if self.ref_logps is None else self.ref_logps[select],
+            None if self.scores is None else self.scores[select],
+        )
+
+
+def group_responses(responses: Responses, layout: GroupLayout) -> Groups:
+    """Pad flat responses to [G, K]. Lengths count at least 1, so that an empty response divides by no zero."""
+    dtype = responses.logps.dtype
+    return Groups(
+        logps=layout.pad(responses.logps),
+        lengths=layout.pad(responses.lengths.to(dtype).clamp(min=1), fill=1.0),
+        mask=layout.mask,
+        ref_logps=None if responses.ref_logps is None else layout.pad(responses.ref_logps.to(dtype)),
+        scores=None if responses.scores is None else layout.pad(responses.scores.to(dtype)),
+    )
+
+
+def group_epilogue(objective: Objective, responses: Responses, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    """Group losses ℓ [G] and ∂ℓ_g/∂logp of every response [S], both detached.
+
+    The derivative is autograd's on these few numbers, so every differentiable function of `Groups` will do.
+    """
+    with _autograd_inside_operator():
+        logps = responses.logps.detach().requires_grad_()
+        live = Responses(logps, responses.lengths, responses.ref_logps, responses.scores)
+        group_losses = objective.loss(group_responses(live, layout))
+        if not group_losses.requires_grad:
+            return group_losses, torch.zeros_like(logps)
+        (derivative,) = torch.autograd.grad(group_losses.sum(), logps)
+    return group_losses.detach(), derivative
+
+
+@contextmanager
+def _autograd_inside_operator() -> Iterator[None]:
+    """Autograd for code inside a custom op, where the dispatcher has excluded its keys for this thread."""
+    with ExitStack() as stack:
+        for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+# Custom ops take tensors, numbers and strings, so an objective travels into them by name. Built-in losses repeat their
+# keys; a user's function is kept alive here, so that its identity stays its own.
+_INTERNED: dict[str, Objective] = {}
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch ships it without annotations
+def intern(
+    loss: Loss, beta: str | None, names: tuple[str, ...], values: tuple[Any, ...], aggregation: str | robust.RobustObjective
+) -> str:
+    """Check an objective, remember it, and give the key to find it by.
+
+    Evaluated once while torch.compile traces, so the numbers come in as `float.hex` strings: torch.compile would
+    make symbols of floats that change, and a constant cannot be taken from a symbol.
+    """
+    options = {name: _decode(value) for name, value in zip(names, values, strict=True)}
+    objective = Objective.resolve(loss, None if beta is None else float.fromhex(beta), options, aggregation)
+    _INTERNED.setdefault(objective.key, objective)
+    return objective.key
+
+
+def interned(key: str) -> Objective:
+    """The objective of a key that `intern` gave."""
+    return _INTERNED[key]
+
+
+def encode(value: Any) -> Any:
+    """A number as `("float", hex)`, which torch.compile keeps a constant; anything else as it is."""
+    return ("float", value.hex()) if isinstance(value, float) else value
+
+
+def _decode(value: Any) -> Any:
+    return float.fromhex(value[1]) if isinstance(value, tuple) and value[:1] == ("float",) else value

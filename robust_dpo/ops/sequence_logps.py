@@ -1,0 +1,243 @@
+"""Differentiable log-probs of responses, from hidden states and the LM head or from logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robust_dpo.errors import argument_error
+from robust_dpo.ops import inputs
+from robust_dpo.ops.autocast import autocast_dtype
+from robust_dpo.ops.chunking import chunk_rows
+from robust_dpo.ops.head import HeadGradients, HeadWeights, choose_head
+from robust_dpo.ops.logits_logps import logits_logps
+from robust_dpo.ops.rows import ResponseRows, cut_rows
+
+
+class SequenceLogps(NamedTuple):
+    """Log-probs of responses in nats, fp32 (float64 for float64 input).
+
+    Args:
+        logps: [S] of each response, the sum over its tokens; differentiable.
+        token_logps: shaped like `targets`, of each token, 0 where the target is −100; differentiable.
+        entropy: shaped like `targets`, of the distribution at each position, 0 where the target is −100; detached. None
+            unless asked for.
+    """
+
+    logps: Tensor
+    token_logps: Tensor
+    entropy: Tensor | None
+
+
+def sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    per_token: bool = False,
+    entropy: bool = False,
+    backend: str = "auto",
+    tile_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+) -> Tensor | SequenceLogps:
+    """Log-prob of each response, differentiable in `hidden`, `weight` and `bias`.
+
+    Nothing of size N×V is kept: the backward pass computes the logits of each chunk again, 8·N·H·V operations in all.
+
+    Args:
+        hidden, weight, targets, seq_lens, bias, softcap, logit_scale, backend, tile_dtype, chunk_bytes: as in
+            `linear_preference_loss`.
+        per_token: also return the log-prob of each token.
+        entropy: also return the entropy at each position (and the log-prob of each token).
+
+    Returns:
+        logps [S], or `SequenceLogps` where `per_token` or `entropy` is asked for.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: the backend that was asked for cannot run this.
+    """
+    hidden, weight = inputs.check_head("", hidden, weight, bias)
+    inputs.check_targets(targets, hidden.shape[:-1], seq_lens, hidden.device, "hidden")
+    softcap, logit_scale = inputs.check_logit_transform(softcap, logit_scale)
+    dtype = autocast_dtype(hidden, weight)
+    tile_dtype = inputs.check_tile_dtype(tile_dtype, dtype)
+    max_rows = chunk_rows(weight.shape[0], tile_dtype or dtype, hidden.device, chunk_bytes, targets.numel())
+    result = _forward(
+        hidden, weight, targets, seq_lens, bias, softcap, logit_scale, dtype, tile_dtype, max_rows, backend, entropy
+    )
+    return _select(result, per_token, entropy)
+
+
+def sequence_logps_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    per_token: bool = False,
+    entropy: bool = False,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+) -> Tensor | SequenceLogps:
+    """Log-prob of each response from logits, differentiable in them.
+
+    Args:
+        logits: [B, T, V], one response in every row, or [N, V], packed, with `seq_lens`. fp32, bf16, fp16 or float64.
+        targets: [B, T] or [N] int64, already shifted, −100 where ignored.
+        seq_lens, softcap, logit_scale, per_token, entropy, backend: as in `sequence_logps`.
+        chunk_bytes: memory for copies of response rows where prompt rows lie between them.
+
+    Returns:
+        logps [S], or `SequenceLogps` where `per_token` or `entropy` is asked for.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: the backend that was asked for cannot run this.
+    """
+    logits = inputs.check_floating("logits", logits)
+    if logits.ndim not in (2, 3) or logits.shape[-1] == 0:
+        raise argument_error("logits", "shape [B, T, V] or [N, V] with V > 0", list(logits.shape))
+    inputs.check_targets(targets, logits.shape[:-1], seq_lens, logits.device, "logits")
+    softcap, logit_scale = inputs.check_logit_transform(softcap, logit_scale)
+    max_rows = chunk_rows(logits.shape[-1], logits.dtype, logits.device, chunk_bytes, targets.numel())
+    result = logits_logps(logits, targets, seq_lens, softcap, logit_scale, max_rows, backend, entropy)
+    return _select(result, per_token, entropy)
+
+
+def _select(result: tuple[Tensor, Tensor, Tensor], per_token: bool, entropy: bool) -> Tensor | SequenceLogps:
+    logps, token_logps, entropies = result
+    if not (per_token or entropy):
+        return logps
+    return SequenceLogps(logps, token_logps, entropies if entropy else None)
+
+
+@torch.library.custom_op("robust_dpo::sequence_logps", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    seq_lens: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    compute_dtype: torch.dtype,
+    tile_dtype: torch.dtype | None,
+    max_rows: int,
+    backend: str,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logps [S], token logps and entropies shaped like `targets` (entropies empty where not asked for)."""
+    head = HeadWeights(weight.to(compute_dtype), bias, softcap, logit_scale)
+    rows = ResponseRows.select(targets, seq_lens, weight.shape[0])
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    engine = choose_head(head.weight, max_rows, backend=backend, tile_dtype=tile_dtype)
+    dtype = head.accumulation_dtype
+    logps = hidden.new_zeros(len(rows.lengths), dtype=dtype)
+    token_logps = hidden.new_zeros(rows.count, dtype=dtype)
+    entropies = torch.zeros_like(token_logps)
+    for start, stop in cut_rows(0, rows.count, max_rows):
+        x = rows.gather(flat, start, stop).to(compute_dtype)
+        result = engine.forward(head, x, rows.targets[start:stop], keep=False, entropy=entropy)
+        rows.add_to_sequences(logps, result.logp, start)
+        token_logps[start:stop] = result.logp
+        if result.entropy is not None:
+            entropies[start:stop] = result.entropy
+    spread = rows.spread(entropies, targets.shape) if entropy else logps.new_empty(0)
+    return logps, rows.spread(token_logps, targets.shape), spread
+
+
+@_forward.register_fake
+def _fake_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, seq_lens: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(rest[3], torch.float32)
+    responses = targets.shape[0] if seq_lens is None else seq_lens.shape[0]
+    return (
+        hidden.new_empty(responses, dtype=dtype),
+        hidden.new_empty(targets.shape, dtype=dtype),
+        hidden.new_empty(targets.shape if rest[-1] else (0,), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("robust_dpo::sequence_logps_backward", mutates_args=())
+def _backward(
+    grad_logps: Tensor | None,
+    grad_token_logps: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    seq_lens: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    compute_dtype: torch.dtype,
+    tile_dtype: torch.dtype | None,
+    max_rows: int,
+    backend: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias in the accumulation dtype; empty where not needed."""
+    head = HeadWeights(weight.to(compute_dtype), bias, softcap, logit_scale)
+    rows = ResponseRows.select(targets, seq_lens, weight.shape[0])
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    gradients = HeadGradients.allocate(head, rows.count, needs_hidden, needs_weight, needs_bias)
+    engine = choose_head(head.weight, max_rows, backend=backend, tile_dtype=tile_dtype)
+    coefficients = rows.coefficients(grad_logps, grad_token_logps, head.accumulation_dtype)
+    for start, stop in cut_rows(0, rows.count, max_rows):
+        x, t = rows.gather(flat, start, stop).to(compute_dtype), rows.targets[start:stop]
+        kept = engine.forward(head, x, t, keep=True)
+        engine.backward(head, x, t, kept, coefficients[start:stop], gradients, start)
+    empty = coefficients.new_empty
+    return (
+        empty(0) if gradients.hidden is None else rows.spread(gradients.hidden, hidden.shape),
+        empty(0) if gradients.weight is None else gradients.weight,
+        empty(0) if gradients.bias is None else gradients.bias,
+    )
+
+
+@_backward.register_fake
+def _fake_backward(
+    grad_logps: Tensor | None,
+    grad_token_logps: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(rest[5], torch.float32)
+    needs_hidden, needs_weight, needs_bias = rest[-3:]
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape if needs_weight else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape[:1] if needs_bias else (0,), dtype=dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5])
+    ctx.settings = inputs[5:11]
+
+
+def _autograd(ctx: Any, grad_logps: Tensor | None, grad_token_logps: Tensor | None, _: object) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
+    if grad_logps is None and grad_token_logps is None:
+        return (None,) * 12
+    result = _backward(grad_logps, grad_token_logps, *tensors, *ctx.settings, *needs)
+    owners = (tensors[0], tensors[1], tensors[4])
+    grads = [g.to(owner.dtype) if need else None for g, owner, need in zip(result, owners, needs, strict=True)]
+    return grads[0], grads[1], None, None, grads[2], *(None,) * 7
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
