@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from robust_dpo import ops
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.groups import GroupLayout, Groups
-from robust_dpo.ops import PreferenceOutput
+from robust_dpo.output import PreferenceOutput
 from robust_dpo.trainer import checkpoint
 from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.data import RowPreparation, Rows, length_line

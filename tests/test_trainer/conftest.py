@@ -132,7 +132,7 @@ def response_logps() -> Callable[[Any, dict[str, Any]], Tensor]:
     """model, batch → [S] float64: the specification, token by token from the model's own logits."""
 
     def compute(model: Any, batch: dict[str, Any]) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
         table = logits[:, :-1].log_softmax(-1)
         labels = batch["labels"][:, 1:]
         chosen = table.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)

@@ -86,7 +86,9 @@ def test_mode_says_objective_and_calibration(options: dict[str, Any], objective:
     assert config.calibrated is calibrated
 
 
-@pytest.mark.parametrize(("loss", "beta", "reward_beta"), [("sigmoid", None, 0.1), ("simpo", 1.5, 1.5), ("sft", 3.0, 1)])
+@pytest.mark.parametrize(
+    ("loss", "beta", "reward_beta"), [("sigmoid", None, 0.1), ("simpo", 1.5, 1.5), ("sft", 3.0, 1)]
+)
 def test_beta_of_the_rewards_is_the_one_in_force(loss: str, beta: float | None, reward_beta: float) -> None:
     assert build(loss_type=loss, beta=beta).reward_beta == reward_beta
 
