@@ -1,6 +1,6 @@
 """Builds robust_dpo and its native CPU extension.
 
-The extension includes and links neither torch nor its headers, so an isolated build needs a C++17 compiler and pybind11 only.
+The extension neither includes nor links torch, so an isolated build needs a C++17 compiler and pybind11 only.
 
 ROBUST_DPO_BUILD chooses what is built:
     auto   (default) the CPU extension; if it cannot be compiled, go on without it and say so
@@ -57,7 +57,7 @@ def cpu_extension(optional: bool) -> Pybind11Extension:
         depends=[str(path) for path in sorted(Path("csrc").glob("*")) if path.suffix in (".h", ".cpp")],
         cxx_std=17,
         define_macros=[("ROBUST_DPO_X86", "1")] if with_isas else [],
-        extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"] if GNU_LIKE else [],
+        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"] if GNU_LIKE else [],
         libraries=["dl", "pthread"] if sys.platform == "linux" else [],
     )
     extension.optional = optional
@@ -77,13 +77,13 @@ class BuildCpu(build_ext):
                     output_dir=self.build_temp,
                     macros=ext.define_macros,
                     debug=self.debug,
-                    extra_postargs=[*ext.extra_compile_args, "-std=c++17", "-fvisibility=hidden", *flags],
+                    extra_postargs=[*ext.extra_compile_args, *flags],
                     depends=ext.depends,
                 )
             super().build_extension(ext)
         except (BaseError, CompileError) as error:
             report["cpu"] = f"could not be compiled: {error}"
-            raise
+            raise CompileError(f"{CPU_EXTENSION} could not be compiled: {error}") from error
         finally:
             self.write_report(report)
 
@@ -98,8 +98,8 @@ class BuildCpu(build_ext):
 
 mode = build_mode()
 setup(
-    # robust_dpo/kernels links to the top-level folder, which has no __init__.py: a top-level package named `kernels` would
-    # shadow the one that transformers imports.
+    # robust_dpo/kernels links to the top-level folder, which has no __init__.py: a top-level package named `kernels`
+    # would shadow the one that transformers imports.
     packages=[*find_packages(include=["robust_dpo", "robust_dpo.*"]), "robust_dpo.kernels"],
     ext_modules=[] if mode == "none" else [cpu_extension(optional=mode == "auto")],
     cmdclass={"build_ext": BuildCpu},

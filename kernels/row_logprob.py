@@ -38,8 +38,8 @@ class RowLogprobLauncher(Protocol):
         bias: [V], added to z.
         softcap: > 0.
         logit_scale: factor of z + bias.
-        grad_out: [n, V], filled with row_scale * (softmax - onehot(target)) * d logits / d z. May be `logits` itself, or
-            rows that begin where those of `logits` begin, in a dtype that is no wider; otherwise it must not overlap.
+        grad_out: [n, V], filled with row_scale * (softmax - onehot(target)) * d logits / d z. May be `logits` itself,
+            or rows that begin where those of `logits` begin, in a dtype that is no wider; else it must not overlap.
         row_scale: [n] factor of each row of the gradient, default 1.
         entropy: whether to compute it.
 

@@ -24,7 +24,7 @@ def usable_isas() -> tuple[str, ...]:
 
 
 def thread_runtime() -> str:
-    """ "openmp" where torch's own OpenMP pool is used, otherwise "std::thread"."""
+    """What runs the threads: "openmp", which is torch's own pool, or "std::thread" where that cannot be shared."""
     return str(_cpu.thread_runtime())
 
 

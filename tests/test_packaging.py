@@ -1,0 +1,208 @@
+"""The package that ships: source distribution, wheel built from it in isolation, and the modes of the build."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("csrc", "kernels", "robust_dpo", "docs", "tests", "benchmarks")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "Makefile", "CHANGELOG.md")
+
+pytestmark = pytest.mark.slow
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout without anything that was built in it."""
+    copy = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+    for folder in COPIED:
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignore)
+    for file in FILES:
+        if (ROOT / file).is_file():
+            shutil.copy(ROOT / file, copy / file)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    succeed(python("-m", "build", "--sdist", "--no-isolation", "--outdir", str(out), cwd=source))
+    (archive,) = out.glob("robust_dpo-*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source distribution in an isolated environment: setuptools and pybind11, no torch."""
+    out = tmp_path_factory.mktemp("wheel")
+    succeed(python("-m", "pip", "wheel", "--no-deps", "-w", str(out), str(sdist), cwd=out, ROBUST_DPO_BUILD="cpu"))
+    (archive,) = out.glob("robust_dpo-*.whl")
+    return archive
+
+
+def build_wheel(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Without isolation and from a copy of its own, so that builds do not see each other's objects."""
+    copy = out / "copy"
+    shutil.copytree(source, copy, symlinks=True)
+    command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(copy)]
+    return python(*command, cwd=out, **environment)
+
+
+def unpack(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def modules(source: Path) -> set[str]:
+    names = {path.relative_to(source).as_posix() for path in (source / "robust_dpo").rglob("*.py")}
+    return names | {f"robust_dpo/kernels/{path.name}" for path in (source / "kernels").glob("*.py")}
+
+
+def run_installed(installed: Path, code: str, *flags: str) -> list[str]:
+    """Lines printed by `code` with the unpacked wheel in front.
+
+    The finder of an editable install of this tree is taken out: it would supply what the wheel lacks.
+    """
+    prelude = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
+    code = prelude + textwrap.dedent(code)
+    return succeed(python(*flags, "-c", code, cwd=installed, PYTHONPATH=str(installed))).splitlines()
+
+
+def test_wheel_holds_every_module_and_nothing_else(source: Path, wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    inside = {name for name in names if name.endswith(".py")}
+    assert inside == modules(source)
+    assert {"robust_dpo/py.typed", "robust_dpo/_cpu.pyi", "robust_dpo/_build.json"} <= names
+    # A top-level package `kernels` would shadow the one that transformers imports.
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"robust_dpo"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert any(name.startswith("robust_dpo/_cpu.") and name.endswith(".so") for name in names)
+
+
+def test_extension_does_not_know_torch(wheel: Path, tmp_path: Path) -> None:
+    (extension,) = unpack(wheel, tmp_path).glob("robust_dpo/_cpu.*.so")
+    content = extension.read_bytes()
+    for library in (b"libtorch", b"libc10", b"libgomp", b"at6Tensor"):
+        assert library not in content
+    assert extension.stat().st_size < 2_000_000
+
+
+def test_wheel_imports_without_a_warning(wheel: Path, tmp_path: Path) -> None:
+    installed = unpack(wheel, tmp_path)
+    code = "import robust_dpo; print(robust_dpo.__file__); print(robust_dpo.backends())"
+    out = run_installed(installed, code, "-W", "error")
+    assert out[0].startswith(str(installed))
+    assert [line.split()[:2] for line in out if line.startswith("cpu")] == [["cpu", "usable"]]
+
+
+def test_metadata(wheel: Path, tmp_path: Path) -> None:
+    (metadata,) = unpack(wheel, tmp_path).glob("*.dist-info/METADATA")
+    text = metadata.read_text(encoding="utf-8")
+    assert "License-Expression: Apache-2.0" in text
+    assert "Requires-Python: >=3.10" in text
+    for requirement in ("torch>=", "transformers>=", "datasets>=", "peft>=", "scikit-learn>=", "rich>=", "typer>="):
+        assert f"Requires-Dist: {requirement}" in text
+    assert re.search(r"Requires-Dist: triton>=[\d.]+; platform_system == .Linux.", text)
+    for extra in ("flash", "bench", "dev"):
+        assert f"Provides-Extra: {extra}" in text
+    (scripts,) = tmp_path.glob("*.dist-info/entry_points.txt")
+    assert "robust-dpo = robust_dpo.cli:main" in scripts.read_text(encoding="utf-8")
+
+
+def test_sdist_holds_the_sources(source: Path, sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    native = {f"csrc/{path.name}" for path in (source / "csrc").iterdir()}
+    assert native | modules(source) | {"setup.py", "pyproject.toml", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith((".so", "_build.json")) or "__pycache__" in name]
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("cuda", "CUDA kernels are not part of this release"),
+        ("gpu", "expected one of auto, cpu, cuda, none, got 'gpu'"),
+    ],
+)
+def test_impossible_modes_fail_loudly(source: Path, mode: str, message: str) -> None:
+    done = python("setup.py", "--version", cwd=source, ROBUST_DPO_BUILD=mode)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_none_builds_a_pure_package(source: Path, tmp_path: Path) -> None:
+    succeed(build_wheel(source, tmp_path, ROBUST_DPO_BUILD="none"))
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    check_without_extension(unpack(wheel, tmp_path / "installed"), "installed without native code")
+
+
+def test_auto_goes_on_without_a_compiler_and_says_so(source: Path, tmp_path: Path) -> None:
+    done = build_wheel(source, tmp_path, CC="false", CXX="false")
+    succeed(done)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = unpack(wheel, tmp_path / "installed")
+    report = json.loads((installed / "robust_dpo" / "_build.json").read_text(encoding="utf-8"))
+    assert report["cpu"].startswith("could not be compiled: ")
+    check_without_extension(installed, "could not be compiled")
+
+
+def check_without_extension(installed: Path, reason: str) -> None:
+    code = """
+    import torch
+    from robust_dpo.backends import backends, get_row_logprob
+    report = backends()
+    print(report["cpu"])
+    assert report["torch"].usable and not report["cpu"].usable
+    launcher = get_row_logprob("auto", "cpu", torch.float32)
+    assert launcher.__module__.endswith("row_logprob_torch")
+    print(launcher(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)).logp.item())
+    try:
+        get_row_logprob("cpu", "cpu", torch.float32)
+    except RuntimeError as error:
+        print(error)
+    """
+    out = run_installed(installed, code)
+    assert "not built" in out[0]
+    assert reason in out[0]
+    assert float(out[1]) == pytest.approx(-1.3862944)
+    assert out[2].startswith("backend 'cpu' cannot run row_logprob with torch.float32 on cpu: it is not built here")
+
+
+def test_cpu_without_a_compiler_fails_loudly(source: Path, tmp_path: Path) -> None:
+    done = build_wheel(source, tmp_path, CC="false", CXX="false", ROBUST_DPO_BUILD="cpu")
+    assert done.returncode != 0
+    assert "robust_dpo._cpu could not be compiled: " in done.stdout + done.stderr
