@@ -43,8 +43,8 @@ def read_config(path: Path, command: str, options: Collection[str], commands: Co
     Raises:
         typer.BadParameter: unreadable YAML, an unknown or repeated key, with file and line.
     """
-    loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
     try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         if isinstance(node, yaml.MappingNode) and node.value and all(key.value in commands for key, _ in node.value):
             node = next((value for key, value in node.value if key.value == command), None)
@@ -52,8 +52,8 @@ def read_config(path: Path, command: str, options: Collection[str], commands: Co
     except yaml.MarkedYAMLError as error:
         line = 1 if error.problem_mark is None else error.problem_mark.line + 1
         raise typer.BadParameter(f"{path}:{line}: not valid YAML: {error.problem}") from error
-    finally:
-        loader.dispose()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path}: not a YAML text file: {error}") from error
 
 
 def apply_config(ctx: typer.Context, path: Path | None) -> Path | None:

@@ -7,6 +7,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -14,6 +15,9 @@ from rich.table import Table
 
 from robust_dpo.cli.exit_codes import ExitCode
 from robust_dpo.cli.options import Debug
+
+if TYPE_CHECKING:
+    from robust_dpo.backends import BackendReport
 
 REQUIRED = (
     "torch",
@@ -90,6 +94,19 @@ def _versions_table() -> Table:
     return table
 
 
+def _advice(report: BackendReport) -> list[str]:
+    """What would make this machine faster."""
+    import torch
+
+    found = {status.name: status for status in report.backends}
+    advice = []
+    if "cpu" in found and not found["cpu"].built:
+        advice.append("native CPU kernels: install g++, then reinstall with ROBUST_DPO_BUILD=cpu (fails loudly)")
+    if not torch.cuda.is_available() and torch.version.cuda is not None:
+        advice.append("torch can use CUDA but sees no GPU: check `nvidia-smi` and CUDA_VISIBLE_DEVICES")
+    return advice
+
+
 def doctor(debug: Debug = False) -> None:
     """Show what runs here: backends, versions, threads, memory, GPU, and what to do about what is missing.
 
@@ -104,4 +121,16 @@ def doctor(debug: Debug = False) -> None:
         raise typer.Exit(ExitCode.FAILED)
     for name, value in _machine_rows():
         console.print(f"{name:>8}  {value}", highlight=False)
+    console.print()
+    from robust_dpo.backends import backends
+
+    report = backends()
+    console.print("[bold]Backends[/bold], best first")
+    console.print(str(report), highlight=False, markup=False)
+    console.print()
     console.print(_versions_table())
+    if not any(status.usable for status in report.backends):
+        console.print("[red]No backend is usable[/red]: reinstall with ROBUST_DPO_BUILD=cpu to see why it does not build")
+        raise typer.Exit(ExitCode.FAILED)
+    for advice in _advice(report):
+        console.print(f"[yellow]→[/yellow] {advice}", highlight=False)

@@ -17,7 +17,7 @@ def read_curves(run: RunDirectory, name: str | None = None) -> Curves:
     Raises:
         DataError: metrics.jsonl is damaged.
     """
-    weights = json.loads(run.weights.read_text(encoding="utf-8")) if run.weights.is_file() else []
+    weights = json.loads(run.weights.read_text(encoding="utf-8"))["weights"] if run.weights.is_file() else []
     return Curves(name or run.name, run.read_metrics(), weights)
 
 

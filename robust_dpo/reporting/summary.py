@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from robust_dpo.reporting.plots import Curves
+
+if TYPE_CHECKING:
+    from robust_dpo.evaluation import Ranking
 
 # metric in metrics.jsonl -> what the reader sees; the last logged value counts.
 METRICS: dict[str, str] = {
@@ -21,6 +24,19 @@ METRICS: dict[str, str] = {
     "robust/max_weight": "largest robust weight",
     "robust/lambda": "λ",
     "train_runtime": "seconds",
+}
+
+# field of evaluation.Ranking -> what the reader sees
+RANKING: dict[str, str] = {
+    "groups": "groups",
+    "accuracy": "accuracy by implicit reward",
+    "accuracy_se": "± standard error",
+    "margin": "margin of the implicit reward",
+    "loss": "loss",
+    "logp_accuracy": "accuracy by log-prob",
+    "token_logp_accuracy": "accuracy by log-prob per token",
+    "chosen_logp": "log-prob, chosen",
+    "rejected_logp": "log-prob, rejected",
 }
 
 
@@ -52,5 +68,19 @@ def comparison_table(names: Sequence[str], summaries: Sequence[Mapping[str, Any]
     for key, label in {"steps": "optimizer steps", **METRICS}.items():
         values = [summary.get(key) for summary in summaries]
         if any(value is not None for value in values):
+            table.add_row(label, *(number(value) for value in values))
+    return table
+
+
+def ranking_table(overall: Ranking, by_source: Mapping[str, Ranking]) -> Table:
+    """One column for all groups and one for each source; measures that need a reference are left out without one."""
+    table = Table(title="Ranking of the responses", title_justify="left", title_style="bold")
+    table.add_column("")
+    columns = {"all": overall, **by_source}
+    for name in columns:
+        table.add_column(name, justify="right")
+    for key, label in RANKING.items():
+        values = [getattr(ranking, key) for ranking in columns.values()]
+        if values[0] is not None:
             table.add_row(label, *(number(value) for value in values))
     return table

@@ -1,0 +1,191 @@
+"""What `robust-dpo train` does once its options are known. Imports torch and transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from robust_dpo.calibration.report import Mixture
+from robust_dpo.cli.config_file import nearest
+from robust_dpo.cli.models import load_causal_lm, load_tokenizer
+from robust_dpo.data import load_preferences, tokenize_groups
+from robust_dpo.errors import DataError, argument_error
+from robust_dpo.reporting import RunDirectory
+from robust_dpo.reporting.callback import MetricsCallback
+from robust_dpo.reporting.report import rebuild
+from robust_dpo.reporting.summary import comparison_table
+from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
+
+# Options of the command under the names that RobustDPOConfig has for them.
+_FIELDS = {
+    "mode": "mode",
+    "loss": "loss_type",
+    "beta": "beta",
+    "lam": "lam",
+    "radius": "radius",
+    "form": "calibration_form",
+    "reduce": "calibration_reduce",
+    "max_length": "max_length",
+    "on_bad_row": "on_bad_row",
+    "precompute_ref": "precompute_ref_log_probs",
+    "epochs": "num_train_epochs",
+    "max_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate",
+    "scheduler": "lr_scheduler_type",
+    "warmup_steps": "warmup_steps",
+    "logging_steps": "logging_steps",
+    "bf16": "bf16",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "seed": "seed",
+}
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training run.
+
+    Args:
+        options: of the command, by parameter name.
+        resume: go on from the last checkpoint.
+        overwrite: replace an earlier run.
+    """
+
+    options: Mapping[str, Any]
+    resume: bool
+    overwrite: bool
+
+    def start(self) -> None:
+        """Train, save the model, draw the plots.
+
+        Raises:
+            DataError, ModelError, FileExistsError, ValueError: something that was asked for cannot be used.
+        """
+        console = Console()
+        config = self._trainer_config()
+        rows = self._rows("data", console)
+        eval_rows = None if self.options["eval_data"] is None else self._rows("eval_data", console)
+        tokenizer = load_tokenizer(self.options["model"])
+        model = load_causal_lm(self.options["model"])
+        ref_model = None if self.options["ref_model"] is None else load_causal_lm(self.options["ref_model"])
+
+        run = RunDirectory.create(self.options["out"], overwrite=self.overwrite, resume=self.resume)
+        checkpoint = self._checkpoint(run)
+        run.write_config(self.options)
+        trainer = RobustDPOTrainer(
+            model,
+            ref_model,
+            config,
+            train_dataset=rows,
+            eval_dataset=None if eval_rows is None else _with_calibration(eval_rows, config, tokenizer),
+            processing_class=tokenizer,
+            peft_config=self._adapter(),
+        )
+        trainer.add_callback(MetricsCallback(run, trainer.worst_groups))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(run.model))
+        tokenizer.save_pretrained(str(run.model))
+
+        summary, plots = rebuild(run)
+        console.print(comparison_table([run.name], [summary]))
+        for path in (run.model, run.metrics, *plots):
+            console.print(f"wrote: {path}", highlight=False, soft_wrap=True)
+
+    def _trainer_config(self) -> RobustDPOConfig:
+        chosen = {field: self.options[name] for name, field in _FIELDS.items()}
+        plain = {field: getattr(value, "value", value) for field, value in chosen.items()}
+        evaluates = self.options["eval_data"] is not None
+        saves = self.options["save_steps"] > 0
+        fields: dict[str, Any] = {
+            "output_dir": str(RunDirectory(self.options["out"]).checkpoints),
+            "per_device_eval_batch_size": self.options["batch_size"],
+            "eval_strategy": "steps" if evaluates else "no",
+            "eval_steps": self.options["eval_steps"] if evaluates else None,
+            "save_strategy": "steps" if saves else "no",
+            "save_steps": self.options["save_steps"] or 500,
+            "save_total_limit": 2,
+            "report_to": [],
+            "calibration_options": self._mixture(),
+            **plain,
+        }
+        return RobustDPOConfig(**{**fields, **_extra_fields(self.options["trainer_arg"] or [])})
+
+    def _mixture(self) -> dict[str, Any]:
+        """Arguments of `density_ratio` from the report of the calibration stage."""
+        path: Path | None = self.options["calibration"]
+        if path is None:
+            return {}
+        try:
+            mixture = json.loads(path.read_text(encoding="utf-8"))["mixture"]
+            return dict(Mixture(**mixture).options(self.options["form"].value))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"not the calibration.json of `robust-dpo calibrate`: {error}", path=path) from error
+
+    def _rows(self, option: str, console: Console) -> Dataset:
+        loaded = load_preferences(self.options[option], on_bad_row=self.options["on_bad_row"].value)
+        console.print(str(loaded.report), highlight=False, markup=False)
+        return loaded.dataset
+
+    def _adapter(self) -> LoraConfig | None:
+        rank = self.options["lora_r"]
+        if not rank:
+            return None
+        return LoraConfig(r=rank, lora_alpha=self.options["lora_alpha"], task_type="CAUSAL_LM")
+
+    def _checkpoint(self, run: RunDirectory) -> str | None:
+        if not self.resume:
+            return None
+        checkpoint: str | None = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.is_dir() else None
+        if checkpoint is None:
+            raise argument_error("--resume", "a checkpoint in --out to go on from", run.checkpoints)
+        return checkpoint
+
+
+def _extra_fields(assignments: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs as fields of RobustDPOConfig; values are read as YAML, so numbers and lists have their type."""
+    known = {field.name for field in dataclasses.fields(RobustDPOConfig) if field.init}
+    fields: dict[str, Any] = {}
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        name = name.strip().replace("-", "_")
+        if not separator:
+            raise argument_error("--trainer-arg", "NAME=VALUE", assignment)
+        if name not in known:
+            raise argument_error("--trainer-arg", f"a field of RobustDPOConfig{nearest(name, known)}", name)
+        parsed = yaml.safe_load(value)
+        if isinstance(parsed, str):
+            # YAML 1.1 reads 1e-5 as text: only 1.0e-5 is a number to it
+            try:
+                parsed = float(parsed)
+            except ValueError:
+                pass
+        fields[name] = parsed
+    return fields
+
+
+def _with_calibration(rows: Dataset, config: RobustDPOConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Evaluation rows without probabilities get h = 1 in a calibrated mode: all held-out groups count alike."""
+    has_probs = "probs" in rows.column_names and all(probs is not None for probs in rows["probs"])
+    if not config.calibrated or has_probs:
+        return rows
+    tokenised = tokenize_groups(
+        rows,
+        tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        truncation=config.truncation_mode,
+        on_bad_row=config.on_bad_row,
+    )
+    return tokenised.add_column("calibration", [1.0] * len(tokenised))
