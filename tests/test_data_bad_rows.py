@@ -46,6 +46,7 @@ ROWS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "number too long": (GOOD_PAIR, b'{"id": ' + b"9" * 5000 + b"}", "invalid JSON: Exceeds the limit"),
     "not UTF-8": (GOOD_PAIR, b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at column 16"),
     "not an object": (GOOD_PAIR, 3, "wrong type: a row must be a JSON object, got int"),
+    "list for a row": (GOOD_PAIR, [1, 2], "wrong type: a row must be a JSON object, got a list"),
     "string for a row": (GOOD_PAIR, "x", "wrong type: a row must be a JSON object, got a string"),
     "lone surrogate": (GOOD_PAIR, {**GOOD_PAIR, "chosen": "\ud83d"}, r"invalid text: unpaired surrogate '\ud83d'"),
     "missing rejected": (

@@ -74,9 +74,13 @@ def test_lines_stay_lines_for_every_reader(tmp_path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
 
 
-def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
+def test_equal_rows_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_preferences([PAIR])
-    files = [save_preferences(data, tmp_path / name).read_bytes() for name in ("a.jsonl.gz", "b.jsonl.gz")]
+    files = []
+    for name, clock in (("a.jsonl.gz", 1e9), ("b.jsonl.gz", 2e9)):  # neither name nor time gets into the file
+        monkeypatch.setattr("time.time", lambda clock=clock: clock)
+        files.append(save_preferences(data, tmp_path / name).read_bytes())
+    monkeypatch.undo()
     assert files[0] == files[1]
     assert json.loads(gzip.decompress(files[0])) == {
         "id": "row:1", "prompt": "Name a colour.", "responses": [" Blue\u2028green.", " Seven."]

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -289,6 +290,7 @@ def test_other_columns_stay() -> None:
     assert "responses" not in row
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of forks in threaded processes
 def test_processes_give_the_same() -> None:
     data = load_preferences([{"prompt": f"p {i}", "responses": ["a" * (i + 1), "b"]} for i in range(7)]).dataset
     assert tokenize_groups(data, LLAMA_STYLE, num_proc=2).to_list() == tokenize_groups(data, LLAMA_STYLE).to_list()
@@ -348,6 +350,21 @@ def test_length_statistics() -> None:
     assert (cut.truncated_prompts, cut.truncated_responses) == (1, 2)
     assert "2 groups, 5 responses" in str(cut)
     assert "truncated: 1 prompts, 2 responses" in str(cut)
+
+
+def test_padding_share_counts_every_batch() -> None:
+    """Counted batch by batch, with groups of different K and a last batch that is not full."""
+    lengths = [3, 9, 4, 17, 5, 6, 30, 2]
+    kinds = {"prompt_ids": [0], "prompt_cut": 0}
+    table = [{**kinds, "response_ids": [[1] * n] * (2 + n % 3), "response_cut": [0] * (2 + n % 3)} for n in lengths]
+    tokenised = datasets.Dataset.from_list(table)
+    order = np.random.default_rng(0).permutation(len(lengths))
+    padded = tokens = 0
+    for start in range(0, len(order), 3):
+        batch = [table[index]["response_ids"] for index in order[start : start + 3]]
+        padded += sum(map(len, batch)) * max(1 + len(ids) for group in batch for ids in group)
+        tokens += sum(1 + len(ids) for group in batch for ids in group)
+    assert length_statistics(tokenised, batch_groups=3).padding_share == pytest.approx(1 - tokens / padded)
 
 
 def test_length_statistics_refuses_other_data() -> None:
