@@ -233,7 +233,7 @@ def cce(problem: Problem) -> LossFunction:
     return loss
 
 
-def _ours(problem: Problem, **options: torch.dtype) -> LossFunction:
+def _ours(problem: Problem, tile_dtype: torch.dtype | None = None) -> LossFunction:
     from robust_dpo import linear_preference_loss
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def _ours(problem: Problem, **options: torch.dtype) -> LossFunction:
             ref_weight=problem.ref_weight,
             loss="sigmoid",
             beta=problem.beta,
-            **options,
+            tile_dtype=tile_dtype,
         )
         return output.loss
 
