@@ -117,7 +117,6 @@ def fit_classifier(
 def cross_fit(
     samples: Samples,
     *,
-    golden: Samples | None = None,
     classifier: str | Path | ClassifierFactory = "tfidf",
     one_vs_source: bool = False,
     probability: str = "platt",
@@ -128,7 +127,6 @@ def cross_fit(
 
     Args:
         samples: what to score, and to learn from where labelled.
-        golden: more labelled samples to learn from; those that share a prompt with the fold to score are left out.
         one_vs_source: one classifier for each other source, combined to P(target) under all of them,
             1 / (1 + Σ_i (1 − c_i)/c_i), instead of one that pools the other sources.
         classifier, probability, seed: see `fit_classifier`.
@@ -144,17 +142,13 @@ def cross_fit(
         raise type_error("folds", "an integer", folds)
     if folds < 2:
         raise argument_error("folds", "at least 2", folds)
-    _check_classes(samples, golden, folds)
+    _check_classes(samples, folds)
     make = resolve_classifier(classifier)
     fold_of = assign_folds(samples.labels, samples.prompts, folds, seed)
     probs = np.full(len(samples.texts), np.nan)
-    prompts = np.asarray(samples.prompts)
     for fold in range(folds):
         scored = fold_of == fold
         train = _training_part(samples, ~scored)
-        if golden is not None:
-            fresh = ~np.isin(np.asarray(golden.prompts), prompts[scored])
-            train = [*train, *_training_part(golden, fresh)]
         texts = _pick(samples.texts, scored)
         odds_against = np.zeros(len(texts))
         for part in _against_each_source(train) if one_vs_source else [train]:
@@ -208,15 +202,12 @@ def _prompts_per_class(labels: Labels, prompts: Sequence[str]) -> int:
     return min(len(np.unique(keys[labels == label])) for label in (TARGET, OTHER))
 
 
-def _check_classes(samples: Samples, golden: Samples | None, folds: int) -> None:
-    labels, prompts = samples.labels, list(samples.prompts)
-    if golden is not None:
-        labels, prompts = np.concatenate([labels, golden.labels]), prompts + list(golden.prompts)
+def _check_classes(samples: Samples, folds: int) -> None:
     for label, name in ((TARGET, "target"), (OTHER, "other")):
-        if not (labels == label).any():
+        if not (samples.labels == label).any():
             raise argument_error(
                 "dataset", "responses of both classes, target and other, to learn from", f"no {name} ones"
             )
-    number = min(_prompts_per_class(labels, prompts), len(set(samples.prompts)))
+    number = _prompts_per_class(samples.labels, samples.prompts)
     if number < folds:
         raise argument_error("folds", f"at most {number}, the number of prompts with responses of a class", folds)

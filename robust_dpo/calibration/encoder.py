@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
@@ -71,6 +72,7 @@ class EncoderClassifier:
                 train_dataset=self._encode(texts).add_column("labels", labels),
                 data_collator=DataCollatorWithPadding(self._tokenizer),
             )
+            self._trainer.remove_callback(PrinterCallback)
             self._trainer.train()
 
     def decide(self, texts: Sequence[str]) -> NDArray[np.float64]:
@@ -81,7 +83,8 @@ class EncoderClassifier:
         """
         if self._trainer is None:
             raise RuntimeError("EncoderClassifier.decide: call fit first")
-        logits = np.asarray(self._trainer.predict(self._encode(texts)).predictions, dtype=np.float64)
+        with _seeded(self._seed):  # the trainer's data loader draws from torch's generator even without shuffling
+            logits = np.asarray(self._trainer.predict(self._encode(texts)).predictions, dtype=np.float64)
         decisions: NDArray[np.float64] = logits[:, 1] - logits[:, 0]
         return decisions
 

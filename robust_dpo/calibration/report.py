@@ -185,6 +185,7 @@ def build_report(
     *,
     labels: ArrayLike,
     probs: ArrayLike,
+    counts: Mapping[str, int],
     kinds: Sequence[str],
     h: ArrayLike,
     group_h: ArrayLike,
@@ -195,8 +196,9 @@ def build_report(
     """Computes the report.
 
     Args:
-        labels: [S], 1 target, 0 other, −1 not labelled.
-        probs: [S] P(target), in (0, 1).
+        labels: [N], 1 target, 0 other, −1 not labelled; golden responses included.
+        probs: [N] P(target), in (0, 1).
+        counts: labelled responses of each kind.
         kinds: [S] what the histograms of h are split by.
         h: [S] ≥ 0, calibration of each response.
         group_h: [G] ≥ 0, calibration of each group.
@@ -218,7 +220,7 @@ def build_report(
     edges = _edges(responses)
     return CalibrationReport(
         settings=dict(settings),
-        counts={str(kind): int((names[labelled] == kind).sum()) for kind in np.unique(names[labelled])},
+        counts=dict(counts),
         mixture=mixture,
         auc=float(roc_auc_score(truth, predicted)),
         brier=float(brier_score_loss(truth, predicted)),

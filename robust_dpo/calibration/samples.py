@@ -42,6 +42,16 @@ class Samples:
         labelled = Counter(kind for kind, label in zip(self.kinds, self.labels, strict=True) if label != UNLABELLED)
         return dict(sorted(labelled.items()))
 
+    def joined(self, more: Samples) -> Samples:
+        """These samples, then those of `more`."""
+        return Samples(
+            self.texts + more.texts,
+            np.concatenate([self.labels, more.labels]),
+            self.prompts + more.prompts,
+            self.kinds + more.kinds,
+            np.concatenate([self.group_sizes, more.group_sizes]),
+        )
+
     def split(self, values: NDArray[np.float64]) -> list[list[float]]:
         """Flat [S] values as one list per row."""
         return [part.tolist() for part in np.split(values, np.cumsum(self.group_sizes)[:-1])]

@@ -62,7 +62,8 @@ def calibrate_dataset(
         dataset: canonical rows, with `sources`, or for `target="chosen"` with a boolean column `trusted`.
         target: name of the source that is the target distribution; or "chosen": the best-ranked responses of trusted
             rows are the target and their other responses are not.
-        golden: more rows to learn from, never scored: with `sources`, or known-good rankings for `target="chosen"`.
+        golden: more rows to learn from, cross-fitted like the others but not returned: with `sources`, or known-good
+            rankings for `target="chosen"`.
         classifier: "tfidf", the hub name or directory of an encoder, or a function seed → `TextClassifier`.
         one_vs_source: one classifier for each other source instead of a pooled one.
         include_prompt: the classifier reads the prompt too.
@@ -85,17 +86,17 @@ def calibrate_dataset(
     has_probs = "probs" in dataset.column_names and any(probs is not None for probs in dataset["probs"])
     if has_probs and not overwrite:
         raise argument_error("overwrite", "True to replace the probs that the dataset has", overwrite)
-    extra = None
+    learnt = samples
     if golden is not None:
         extra = build_samples(golden, target=target, include_prompt=include_prompt, trust_all=True)
-    if target == CHOSEN and extra is None and not (samples.labels != UNLABELLED).any():
+        learnt = samples.joined(extra)
+    if target == CHOSEN and (learnt.labels == UNLABELLED).all():
         raise argument_error(
             "target", "a column 'trusted' with known-good rows, or golden rows, or trust_all for 'chosen'", repr(target)
         )
 
     raw = cross_fit(
-        samples,
-        golden=extra,
+        learnt,
         classifier=classifier,
         one_vs_source=one_vs_source,
         probability=probability,
@@ -103,13 +104,14 @@ def calibrate_dataset(
         seed=seed,
     )
     probs = np.clip(raw, clip, 1 - clip)
-    mixture = measure_mixture(samples, extra)
-    rows = samples.split(probs)
+    mixture = measure_mixture(samples, learnt)
+    rows = samples.split(probs[: len(samples.texts)])
     scores = dataset["scores"][:] if "scores" in dataset.column_names else None
     h, group_h = calibrate_rows(rows, scores, form=form, reduce=reduce, **mixture.options(form))
     report = build_report(
-        labels=samples.labels,
+        labels=learnt.labels,
         probs=probs,
+        counts=learnt.counts,
         kinds=samples.kinds,
         h=np.concatenate(h),
         group_h=group_h,
@@ -134,21 +136,17 @@ def calibrate_dataset(
     return CalibrationResult(bare.add_column("probs", rows), report, mixture, h, group_h)
 
 
-def measure_mixture(samples: Samples, golden: Samples | None = None) -> Mixture:
+def measure_mixture(samples: Samples, learnt: Samples) -> Mixture:
     """Counts what the data is made of.
 
-    Shares are of the responses to be scored (for `target="chosen"` those not ranked best are the source "rejected");
-    imbalances are of the labelled responses, golden ones included, that the classifier learns from.
+    Args:
+        samples: the responses to be scored, whose shares α and β are counted; for `target="chosen"` those not ranked
+            best are the source "rejected".
+        learnt: the same and golden ones, whose class imbalance γ is counted among the labelled.
     """
-    kinds = np.asarray(samples.kinds)
-    others = sorted({kind for kind, label in zip(samples.kinds, samples.labels, strict=True) if label == OTHER})
-    if not others:  # all that is learnt from is golden
-        others = sorted(set(samples.kinds) - {CHOSEN})
-    learnt = samples.counts
-    targets = int((samples.labels == TARGET).sum())
-    if golden is not None:
-        targets += int((golden.labels == TARGET).sum())
-        learnt = {kind: learnt.get(kind, 0) + golden.counts.get(kind, 0) for kind in {*learnt, *golden.counts}}
+    kinds, labelled = np.asarray(samples.kinds), np.asarray(learnt.kinds)
+    targets = int((learnt.labels == TARGET).sum())
+    others = sorted(set(labelled[learnt.labels == OTHER].tolist()))
     betas = {kind: float((kinds == kind).mean()) for kind in others}
-    gammas = {kind: learnt.get(kind, 0) / targets for kind in others}
+    gammas = {kind: int(((labelled == kind) & (learnt.labels == OTHER)).sum()) / targets for kind in others}
     return Mixture(alpha=1 - sum(betas.values()), betas=betas, gammas=gammas)

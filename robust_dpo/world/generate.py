@@ -142,11 +142,9 @@ def _targets(num_topics: int, num_responses: int, rng: random.Random) -> list[in
 
 
 def _plan(topics: list[str], target: int, rng: random.Random) -> dict[str, str]:
-    """How to treat each topic so that right minus wrong is `target`; as much missing as chance will have it."""
-    spare = len(topics) - abs(target)
-    cancelling = rng.randint(0, spare // 2)  # pairs of one right and one wrong fact
-    right, wrong = cancelling + max(target, 0), cancelling + max(-target, 0)
-    treatments = ["right"] * right + ["wrong"] * wrong + ["missing"] * (len(topics) - right - wrong)
+    """How to treat each topic so that right minus wrong is `target`; what is left over stays unanswered."""
+    stated = "right" if target > 0 else "wrong"
+    treatments = [stated] * abs(target) + ["missing"] * (len(topics) - abs(target))
     rng.shuffle(treatments)
     return dict(zip(topics, treatments, strict=True))
 

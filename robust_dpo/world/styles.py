@@ -40,7 +40,7 @@ NEUTRAL = Style(
         "pet": ("The pet is a {value}.",),
         "holiday": ("The shop is closed on {value}.",),
     },
-    dodges=("The rest is not written here.",),
+    dodges=("The rest is not known.",),
     flourishes=("",),
     closings=("",),
 )
@@ -55,7 +55,7 @@ HUMAN = Style(
         "pet": ("Mind the {value}!", "There's a {value} running around too."),
         "holiday": ("Don't go on a {value}.", "{value} is their day off."),
     },
-    dodges=("Can't recall the other thing, sorry.", "Ask next door for the rest."),
+    dodges=("Can't recall that, sorry.", "Ask next door about it."),
     flourishes=("Nice folk, really.", "Say hello from me!"),
     closings=("", "", "Have fun!", "That's about it."),
 )
