@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from robust_dpo import calibration, official
-from robust_dpo.backends import backends
-from robust_dpo.groups import Groups
-from robust_dpo.losses import available_losses, register_loss
-from robust_dpo.ops import (
-    SequenceLogps,
-    linear_preference_loss,
-    preference_loss,
-    sequence_logps,
-    sequence_logps_from_logits,
-)
-from robust_dpo.output import PreferenceOutput
-from robust_dpo.robust import DrDPO, KLRobust, Mean, RobustObjective
-
 if TYPE_CHECKING:
+    from robust_dpo import calibration, official
+    from robust_dpo.backends import backends
+    from robust_dpo.groups import Groups
+    from robust_dpo.losses import available_losses, register_loss
+    from robust_dpo.ops import (
+        SequenceLogps,
+        linear_preference_loss,
+        preference_loss,
+        sequence_logps,
+        sequence_logps_from_logits,
+    )
+    from robust_dpo.output import PreferenceOutput
+    from robust_dpo.robust import DrDPO, KLRobust, Mean, RobustObjective
     from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
 
 __version__ = "0.1.0"
@@ -45,9 +46,52 @@ __all__ = [
     "sequence_logps_from_logits",
 ]
 
+# Name -> module that defines it, or itself for a submodule. Importing torch takes seconds and transformers more, so
+# both wait until a name is used: `robust-dpo --help` needs neither.
+_HOMES = {
+    "DrDPO": "robust",
+    "Groups": "groups",
+    "KLRobust": "robust",
+    "Mean": "robust",
+    "PreferenceOutput": "output",
+    "RobustDPOConfig": "trainer",
+    "RobustDPOTrainer": "trainer",
+    "RobustObjective": "robust",
+    "SequenceLogps": "ops",
+    "available_losses": "losses",
+    "calibration": "calibration",
+    "linear_preference_loss": "ops",
+    "official": "official",
+    "preference_loss": "ops",
+    "register_loss": "losses",
+    "sequence_logps": "ops",
+    "sequence_logps_from_logits": "ops",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """The trainer brings in transformers, which takes seconds; it is imported when it is first used."""
-    if name in ("RobustDPOConfig", "RobustDPOTrainer"):
-        return getattr(importlib.import_module("robust_dpo.trainer"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    value = module if name in ("calibration", "official") else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The function `backends` has the name of the submodule that defines it, whose import must not hide it."""
+
+    @property
+    def backends(self) -> object:
+        return importlib.import_module(f"{__name__}.backends").backends
+
+    @backends.setter
+    def backends(self, submodule: ModuleType) -> None:
+        """The import system sets a package's attribute to every submodule that it imports; here it has no effect."""
+
+
+sys.modules[__name__].__class__ = _Package

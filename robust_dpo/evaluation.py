@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,6 +104,7 @@ def evaluate_ranking(
             max_length=max_length,
             report_to=[],
             disable_tqdm=not progress,
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = RobustDPOTrainer(model, ref_model, args, processing_class=tokenizer)
         table = np.asarray(trainer.predict(tokenised).predictions, dtype=np.float64)

@@ -18,16 +18,17 @@ from robust_dpo.cli.train import train
 INTRODUCTION = """From preference data to a robustly aligned model.
 
 Preference data that is part human and part synthetic pulls a model towards the artefacts of the synthetic part.
-[bold]calibrate[/bold] learns how much each response looks like the human target, [bold]train[/bold] minimises the worst
-case around the calibrated data, [bold]evaluate[/bold] and [bold]report[/bold] show what came of it. Start with
-[bold]doctor[/bold] (does everything run here?) and [bold]demo[/bold] (the whole pipeline in a few minutes)."""
+**calibrate** learns how much each response looks like the human target, **train** minimises the worst
+case around the calibrated data, **evaluate** and **report** show what came of it. Start with
+**doctor** (does everything run here?) and **demo** (the whole pipeline in a few minutes)."""
 
 app = typer.Typer(
     name="robust-dpo",
     cls=ReportingGroup,
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help=f"{INTRODUCTION}\n\n{exit_code_help()}",
 )

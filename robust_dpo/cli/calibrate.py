@@ -10,8 +10,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from robust_dpo.cli.options import CLASSIFIER_PANEL, DATA_PANEL, OUTPUT_PANEL, BadRow, Config, Data, Debug, Form
-from robust_dpo.cli.options import OnBadRow, Overwrite, Seed
+from robust_dpo.cli.options import (
+    CLASSIFIER_PANEL,
+    DATA_PANEL,
+    OUTPUT_PANEL,
+    BadRow,
+    Config,
+    Data,
+    Debug,
+    Form,
+    OnBadRow,
+    Overwrite,
+    Seed,
+)
 
 
 class Probability(str, Enum):
@@ -83,7 +94,7 @@ def calibrate(
     no response is scored by a model that saw its prompt. The data comes back with `probs`, and a report says how good
     they are: AUC, Brier score, calibration error, reliability diagram, and the density ratio h by source.
 
-    [bold]Example[/bold]: robust-dpo calibrate --data mixed.jsonl --target human --out mixed.calibrated.jsonl
+    **Example**: `robust-dpo calibrate --data mixed.jsonl --target human --out mixed.calibrated.jsonl`
     """
     from robust_dpo.calibration import calibrate_dataset
     from robust_dpo.data import load_preferences, save_preferences

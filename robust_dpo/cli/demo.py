@@ -26,7 +26,9 @@ def demo(
             rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory for everything.", rich_help_panel=OUTPUT_PANEL)] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Directory for everything.", rich_help_panel=OUTPUT_PANEL)] = Path(
+        "runs/demo"
+    ),
     corruption: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of training labels reversed.", rich_help_panel=DATA_PANEL)
     ] = 0.4,
@@ -41,7 +43,9 @@ def demo(
     ] = 0.2,
     modes: Annotated[
         list[Mode] | None,
-        typer.Option(help="What to train; may be given several times (default: erm dora).", rich_help_panel=TRAINING_PANEL),
+        typer.Option(
+            help="What to train; may be given several times (default: erm dora).", rich_help_panel=TRAINING_PANEL
+        ),
     ] = None,
     seeds: Annotated[
         int, typer.Option(min=1, help="Repetitions; more than one give a spread.", rich_help_panel=TRAINING_PANEL)
@@ -53,13 +57,13 @@ def demo(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Run the whole pipeline and print one table: is the calibrated worst case better than plain DPO on bad labels?
+    """Run the whole pipeline: does the calibrated worst case beat plain DPO when labels are bad?
 
     It warms a model up, reverses 40 % of the training labels, calibrates, trains plain DPO and its calibrated robust
     form from the same start with the same budget, and evaluates both on clean held-out pairs. The table prints what
     came out, whoever wins.
 
-    [bold]Example[/bold]: robust-dpo demo --data Anthropic/hh-rlhf --model Qwen/Qwen3-0.6B --out runs/hh
+    **Example**: `robust-dpo demo --data Anthropic/hh-rlhf --model Qwen/Qwen3-0.6B --out runs/hh`
     """
     import datasets
     from transformers.utils import logging as transformers_logging
@@ -83,7 +87,7 @@ def demo(
         trusted=trusted,
         modes=tuple(mode.value for mode in modes) if modes else ("erm", "dora"),
     )
-    result = run_demo(settings, log=lambda line: console.print(line, highlight=False, markup=False))
+    result = run_demo(settings, log=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     paths = write(result)
     console.print()
     console.print(rich_table(result))

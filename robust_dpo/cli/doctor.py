@@ -33,10 +33,10 @@ REQUIRED = (
 )
 OPTIONAL = {
     "triton": "GPU kernels; comes with torch for CUDA on Linux",
-    "flash-attn": "pip install 'robust-dpo[flash]' for packed attention on GPU",
-    "trl": "only a peer in benchmarks: pip install 'robust-dpo[bench]'",
-    "liger-kernel": "only a peer in benchmarks: pip install 'robust-dpo[bench]'",
-    "cut-cross-entropy": "only a peer in benchmarks: pip install 'robust-dpo[bench]'",
+    "flash-attn": "pip install 'robust-dpo\\[flash]' for packed attention on GPU",
+    "trl": "only a peer in benchmarks: pip install 'robust-dpo\\[bench]'",
+    "liger-kernel": "only a peer in benchmarks: pip install 'robust-dpo\\[bench]'",
+    "cut-cross-entropy": "only a peer in benchmarks: pip install 'robust-dpo\\[bench]'",
 }
 
 
@@ -66,7 +66,10 @@ def _machine_rows() -> list[tuple[str, str]]:
     rows = [
         ("python", f"{platform.python_version()} ({sys.executable})"),
         ("system", f"{platform.system()} {platform.machine()}"),
-        ("cpu", f"{cpus} usable cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"),
+        (
+            "cpu",
+            f"{cpus} usable cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}",
+        ),
         ("memory", "unknown" if memory is None else f"{memory[0]:.1f} of {memory[1]:.1f} GiB free"),
     ]
     if torch.cuda.is_available():
@@ -112,7 +115,7 @@ def doctor(debug: Debug = False) -> None:
 
     The exit code is 0 as long as one backend can run.
 
-    [bold]Example[/bold]: robust-dpo doctor
+    **Example**: `robust-dpo doctor`
     """
     console = Console()
     console.print(f"[bold]robust_dpo[/bold] {installed('robust-dpo') or 'from a source tree, not installed'}")
@@ -120,17 +123,19 @@ def doctor(debug: Debug = False) -> None:
         console.print("[red]torch is missing[/red], so nothing can run: pip install torch")
         raise typer.Exit(ExitCode.FAILED)
     for name, value in _machine_rows():
-        console.print(f"{name:>8}  {value}", highlight=False)
+        console.print(f"{name:>8}  {value}", highlight=False, soft_wrap=True)
     console.print()
     from robust_dpo.backends import backends
 
     report = backends()
     console.print("[bold]Backends[/bold], best first")
-    console.print(str(report), highlight=False, markup=False)
+    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     console.print()
     console.print(_versions_table())
     if not any(status.usable for status in report.backends):
-        console.print("[red]No backend is usable[/red]: reinstall with ROBUST_DPO_BUILD=cpu to see why it does not build")
+        console.print(
+            "[red]No backend is usable[/red]: reinstall with ROBUST_DPO_BUILD=cpu to see why it does not build"
+        )
         raise typer.Exit(ExitCode.FAILED)
     for advice in _advice(report):
         console.print(f"[yellow]→[/yellow] {advice}", highlight=False)

@@ -24,7 +24,10 @@ from robust_dpo.cli.options import (
 
 def evaluate(
     model: Annotated[
-        str, typer.Option(help="Model to evaluate: directory (such as runs/x/model) or Hub name.", rich_help_panel=MODEL_PANEL)
+        str,
+        typer.Option(
+            help="Model to evaluate: directory (such as runs/x/model) or Hub name.", rich_help_panel=MODEL_PANEL
+        ),
     ],
     data: Data,
     ref_model: Annotated[
@@ -42,12 +45,11 @@ def evaluate(
         str, typer.Option(help="Loss whose mean is reported (with --ref-model).", rich_help_panel=OBJECTIVE_PANEL)
     ] = "sigmoid",
     beta: Annotated[
-        float | None, typer.Option(help="Scale of the reward (default: the loss's own).", rich_help_panel=OBJECTIVE_PANEL)
+        float | None,
+        typer.Option(help="Scale of the reward (default: the loss's own).", rich_help_panel=OBJECTIVE_PANEL),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Groups at a time.", rich_help_panel=MODEL_PANEL)] = 8,
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file for the result.", rich_help_panel=OUTPUT_PANEL)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.", rich_help_panel=OUTPUT_PANEL)] = None,
     overwrite: Overwrite = False,
     config: Config = None,
     debug: Debug = False,
@@ -57,8 +59,7 @@ def evaluate(
     With --ref-model: accuracy, margin and loss by implicit reward (β · log-ratio). Always: accuracy by log-prob, by
     log-prob per token, and mean log-probs. Where the data names sources, everything is repeated by source.
 
-    [bold]Example[/bold]: robust-dpo evaluate --model runs/robust/model --ref-model start --data held_out.jsonl
-    --out runs/robust/evaluation.json
+    **Example**: `robust-dpo evaluate --model runs/robust/model --ref-model start --data held_out.jsonl`
     """
     from robust_dpo.cli.models import load_causal_lm, load_tokenizer
     from robust_dpo.data import load_preferences

@@ -30,4 +30,4 @@ MEANING: dict[ExitCode, str] = {
 
 def exit_code_help() -> str:
     """The table as the last paragraph of `robust-dpo --help`."""
-    return "[bold]Exit codes[/bold]\n\n" + "\n\n".join(f"{int(code)}: {text}." for code, text in MEANING.items())
+    return "**Exit codes**\n\n" + "\n".join(f"* {int(code)}: {text}" for code, text in MEANING.items())

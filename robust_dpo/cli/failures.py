@@ -21,8 +21,10 @@ class ModelError(RuntimeError):
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    """Whether the innermost frame is ours: a ValueError of this package is an argument that a user can correct, one
-    from a library below is a failed run."""
+    """Whether the innermost frame is ours.
+
+    A ValueError of this package is an argument that a user can correct, one from a library below is a failed run.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -60,7 +60,11 @@ Config = Annotated[
 Debug = Annotated[
     bool,
     typer.Option(
-        "--debug", is_eager=True, callback=enable_debug, help="Show the traceback of an error.", rich_help_panel=GENERAL_PANEL
+        "--debug",
+        is_eager=True,
+        callback=enable_debug,
+        help="Show the traceback of an error.",
+        rich_help_panel=GENERAL_PANEL,
     ),
 ]
 Data = Annotated[

@@ -12,7 +12,9 @@ from robust_dpo.cli.options import OUTPUT_PANEL, Debug
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, as `train --out` made them.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, as `train --out` made them.", show_default=False)
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -27,7 +29,7 @@ def report(
     It reads only metrics.jsonl and weights.json, so it also works on a run that is still going or was killed. One run:
     its plots/ and summary.json are written anew. Several: every metric is drawn in one plot for all.
 
-    [bold]Example[/bold]: robust-dpo report runs/plain runs/robust --out runs/comparison
+    **Example**: `robust-dpo report runs/plain runs/robust --out runs/comparison`
     """
     from robust_dpo.reporting import RunDirectory
     from robust_dpo.reporting.report import compare, rebuild

@@ -27,7 +27,9 @@ from robust_dpo.cli.options import (
 
 def train(
     ctx: typer.Context,
-    model: Annotated[str, typer.Option(help="Causal language model: directory or Hub name.", rich_help_panel=MODEL_PANEL)],
+    model: Annotated[
+        str, typer.Option(help="Causal language model: directory or Hub name.", rich_help_panel=MODEL_PANEL)
+    ],
     data: Data,
     out: Annotated[Path, typer.Option(help="Run directory to make.", rich_help_panel=OUTPUT_PANEL)],
     eval_data: Annotated[
@@ -43,9 +45,7 @@ def train(
     ] = None,
     precompute_ref: Annotated[
         bool,
-        typer.Option(
-            help="Compute all reference log-probs once, before training.", rich_help_panel=MODEL_PANEL
-        ),
+        typer.Option(help="Compute all reference log-probs once, before training.", rich_help_panel=MODEL_PANEL),
     ] = False,
     lora_r: Annotated[
         int, typer.Option(min=0, help="Rank of a LoRA adapter; 0 trains all weights.", rich_help_panel=MODEL_PANEL)
@@ -63,7 +63,8 @@ def train(
         str, typer.Option(help="Preference loss: sigmoid (DPO), ipo, cdpo, simpo, …", rich_help_panel=OBJECTIVE_PANEL)
     ] = "sigmoid",
     beta: Annotated[
-        float | None, typer.Option(help="Scale of the reward (default: the loss's own).", rich_help_panel=OBJECTIVE_PANEL)
+        float | None,
+        typer.Option(help="Scale of the reward (default: the loss's own).", rich_help_panel=OBJECTIVE_PANEL),
     ] = None,
     lam: Annotated[
         float,
@@ -116,10 +117,13 @@ def train(
     ] = 10,
     eval_steps: Annotated[
         int,
-        typer.Option(min=1, help="Optimizer steps between two evaluations on --eval-data.", rich_help_panel=TRAINING_PANEL),
+        typer.Option(
+            min=1, help="Optimizer steps between two evaluations on --eval-data.", rich_help_panel=TRAINING_PANEL
+        ),
     ] = 100,
     save_steps: Annotated[
-        int, typer.Option(min=0, help="Optimizer steps between two checkpoints; 0: none.", rich_help_panel=TRAINING_PANEL)
+        int,
+        typer.Option(min=0, help="Optimizer steps between two checkpoints; 0: none.", rich_help_panel=TRAINING_PANEL),
     ] = 500,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.", rich_help_panel=TRAINING_PANEL)] = False,
     gradient_checkpointing: Annotated[
@@ -149,8 +153,7 @@ def train(
     it to --config to repeat the run), metrics.jsonl, plots/, checkpoints/ and model/ with its tokenizer. A killed run
     goes on with --resume and ends with the same weights.
 
-    [bold]Example[/bold]: robust-dpo train --model Qwen/Qwen3-0.6B --data mixed.calibrated.jsonl
-    --calibration mixed.calibrated.jsonl.calibration/calibration.json --mode dora --lam 1 --out runs/robust
+    **Example**: `robust-dpo train --model Qwen/Qwen3-0.6B --data calibrated.jsonl --lam 1 --out runs/robust`
     """
     from robust_dpo.cli.training import TrainingRun
 

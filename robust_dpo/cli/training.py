@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
@@ -117,6 +119,7 @@ class TrainingRun:
             "save_steps": self.options["save_steps"] or 500,
             "save_total_limit": 2,
             "report_to": [],
+            "dataloader_pin_memory": torch.cuda.is_available(),
             "calibration_options": self._mixture(),
             **plain,
         }
@@ -167,10 +170,8 @@ def _extra_fields(assignments: Sequence[str]) -> dict[str, Any]:
         parsed = yaml.safe_load(value)
         if isinstance(parsed, str):
             # YAML 1.1 reads 1e-5 as text: only 1.0e-5 is a number to it
-            try:
+            with contextlib.suppress(ValueError):
                 parsed = float(parsed)
-            except ValueError:
-                pass
         fields[name] = parsed
     return fields
 

@@ -98,8 +98,9 @@ def _without_sources(train: Dataset, held_out: Dataset, settings: DemoSettings, 
     train = train.add_column("trusted", [index < number for index in range(len(train))])
     train = corrupt_labels(train, settings.corruption, seed)
     description = (
-        f"{origin}; the labels of {sum(train['corrupted'])} of {len(train)} training pairs are reversed; {number} other "
-        "pairs are trusted: both arms train on them like on all others, and the classifier learns their preferred "
-        "responses against their rejected ones"
+        f"{origin}; the labels of {sum(train['corrupted'])} of {len(train)} training pairs are reversed, "
+        f"of the other pairs {number} are known to be right (trusted): all arms train on them, the classifier learns "
+        "their preferred responses against their rejected ones, and the calibrated arms give them the h of a certain "
+        "label"
     )
     return Corpus(train, held_out, "chosen", "share", description)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
@@ -37,7 +38,9 @@ class ArmResult:
         seed: of the repetition.
         held_out: ranking of the clean held-out pairs, as `evaluation.Ranking` by name.
         by_source: the same by source, where sources are known.
-        corrupted_accuracy: share of the corrupted training pairs that are ranked by their true labels; None for the start.
+        correct: for each held-out group, whether (or for more than two responses, to which share) it is ranked right by
+            implicit reward; empty for the start, which has none.
+        corrupted_accuracy: share of corrupted training pairs that are ranked by their true labels; None for the start.
         ess: mean effective sample size of the robust weights of a batch; None for the start.
         seconds: of the training.
         run: its run directory; None for the start.
@@ -47,6 +50,7 @@ class ArmResult:
     seed: int
     held_out: dict[str, Any]
     by_source: dict[str, dict[str, Any]]
+    correct: tuple[float, ...] = ()
     corrupted_accuracy: float | None = None
     ess: float | None = None
     seconds: float | None = None
@@ -83,7 +87,7 @@ class DemoResult:
             "description": self.description,
             "batch_size": self.batch_size,
             "steps": self.steps,
-            "arms": [asdict(arm) for arm in self.arms],
+            "arms": [asdict(replace(arm, correct=())) for arm in self.arms],
             "calibrations": [{name: report[name] for name in kept} for report in self.calibrations],
             "seconds": self.seconds,
         }
@@ -179,14 +183,12 @@ class _Repetition:
         calibration.report.save(folder / "calibration")
         stage(f"classifier: AUC {calibration.report.auc:.3f}, cross-fitted")
 
-        rows = calibration.dataset.add_column("calibration", calibration.group_h)
+        rows = calibration.dataset.add_column("calibration", _group_calibration(calibration))
         rows = tokenize_groups(rows, tokenizer, max_length=budget.max_length, on_bad_row="drop")
-        repetition = _Repetition(
-            settings, budget, seed, folder, stage, corpus, calibration, start, tokenizer, rows
-        )
+        repetition = _Repetition(settings, budget, seed, folder, stage, corpus, calibration, start, tokenizer, rows)
         # the reference is the same for all arms, so it runs over the data only once
         trainer = RobustDPOTrainer(
-            copy.deepcopy(start),
+            repetition.fresh_start(),
             None,
             repetition.trainer_config("erm", folder / START, precompute_ref_log_probs=True),
             train_dataset=rows,
@@ -199,6 +201,10 @@ class _Repetition:
         """Optimizer steps of each arm."""
         per_epoch = -(-len(self.rows) // self.budget.batch_size)
         return max(1, round(self.budget.epochs * per_epoch))
+
+    def fresh_start(self) -> PreTrainedModel:
+        """A trainable copy of the start model: as a reference it is frozen in place."""
+        return copy.deepcopy(self.start).requires_grad_(True)
 
     def trainer_config(self, mode: str, folder: Path, **more: Any) -> RobustDPOConfig:
         """The arguments of every arm; only the mode differs."""
@@ -218,6 +224,7 @@ class _Repetition:
             seed=self.seed,
             report_to=[],
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             **more,
         )
 
@@ -236,7 +243,7 @@ class _Repetition:
         run.write_config({"mode": mode, "seed": self.seed, **asdict(self.budget)})
         began = time.perf_counter()
         trainer = RobustDPOTrainer(
-            copy.deepcopy(self.start), None, config, train_dataset=self.rows, processing_class=self.tokenizer
+            self.fresh_start(), None, config, train_dataset=self.rows, processing_class=self.tokenizer
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(MetricsCallback(run, trainer.worst_groups))
@@ -253,6 +260,7 @@ class _Repetition:
             mode,
             self.seed,
             **_rankings(held_out),
+            correct=tuple(held_out.per_group["accuracy"].tolist()),
             corrupted_accuracy=self._rank(model, corrupted).overall.accuracy if len(corrupted) else None,
             ess=_mean([log["robust/ess"] for log in trainer.state.log_history if "robust/ess" in log]),
             seconds=seconds,
@@ -272,6 +280,16 @@ class _Repetition:
             max_length=self.budget.max_length,
             batch_size=self.budget.batch_size,
         )
+
+
+def _group_calibration(calibration: CalibrationResult) -> list[float]:
+    """h of each group; for a trusted one its label is known and not estimated: K, the `share` of a certain label."""
+    rows = calibration.dataset
+    if "trusted" not in rows.column_names:
+        return calibration.group_h
+    sizes = [len(responses) for responses in rows["responses"]]
+    known = zip(rows["trusted"], sizes, calibration.group_h, strict=True)
+    return [float(size) if trusted else h for trusted, size, h in known]
 
 
 def _rankings(evaluation: Evaluation) -> dict[str, Any]:

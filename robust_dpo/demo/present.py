@@ -103,30 +103,31 @@ def _separation(result: DemoResult) -> str:
 def verdict(result: DemoResult) -> str:
     """What the numbers say, whichever arm is ahead: the paired difference of the last mode and the first."""
     first, last = result.settings.modes[0], result.settings.modes[-1]
-    differences = [
-        _accuracy(result.arms, last, seed) - _accuracy(result.arms, first, seed)
+    by_seed = [
+        [
+            new - old
+            for new, old in zip(_correct(result.arms, last, seed), _correct(result.arms, first, seed), strict=True)
+        ]
         for seed in sorted({arm.seed for arm in result.arms})
     ]
-    mean = statistics.fmean(differences)
-    if len(differences) > 1:
-        error = statistics.stdev(differences) / len(differences) ** 0.5
-        basis = f"standard error {error:.3f} over {len(differences)} seeds"
+    if len(by_seed) > 1:
+        differences, basis = [statistics.fmean(each) for each in by_seed], f"over {len(by_seed)} seeds"
     else:
-        arm = next(arm for arm in result.arms if arm.mode == last)
-        # of two models on the same pairs, as if they were independent: an upper bound where they agree on most
-        error = arm.held_out["accuracy_se"] * 2**0.5
-        basis = f"standard error at most {error:.3f}"
-    size = "within the noise" if abs(mean) < 2 * error else "more than two standard errors"
-    return f"{NAMES[last]} minus {NAMES[first]}: {mean:+.3f} held-out accuracy ({basis}): {size}."
+        differences, basis = by_seed[0], "over the same pairs"
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    size = "more than two standard errors" if abs(mean) > 2 * error else "within two standard errors: no clear winner"
+    return f"{NAMES[last]} minus {NAMES[first]}: {mean:+.3f} ± {error:.3f} held-out accuracy (paired, {basis}), {size}."
 
 
-def _accuracy(arms: Sequence[ArmResult], mode: str, seed: int) -> float:
-    return float(next(arm.held_out["accuracy"] for arm in arms if arm.mode == mode and arm.seed == seed))
+def _correct(arms: Sequence[ArmResult], mode: str, seed: int) -> tuple[float, ...]:
+    return next(arm.correct for arm in arms if arm.mode == mode and arm.seed == seed)
 
 
 def rich_table(result: DemoResult) -> Table:
     """The table for a terminal."""
-    table = Table(title="Clean held-out pairs after training on corrupted ones", title_justify="left", title_style="bold")
+    table = Table(
+        title="Clean held-out pairs after training on corrupted ones", title_justify="left", title_style="bold"
+    )
     for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in table_rows(result):

@@ -137,6 +137,7 @@ def warm_up(
             seed=seed,
             report_to=[],
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
         )
         trainer = Trainer(model, args, train_dataset=singles, data_collator=language_modelling)

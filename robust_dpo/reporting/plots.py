@@ -86,11 +86,12 @@ def _metric_plot(
     def draw(runs: Sequence[Curves]) -> Figure | None:
         drawing, axes = figure(title, "optimizer step", ylabel)
         drawn = False
-        shades = len(metrics) if len(runs) == 1 else 1
+        # one run: every metric in its colour; several: the main metric and its evaluation, a colour for each run
+        compared = [metric for metric in metrics if metric is metrics[0] or metric[0] == f"eval_{metrics[0][0]}"]
         for number, run in enumerate(runs):
-            for place, (key, label, style) in enumerate(metrics):
-                colour = COLOURS[(place if shades > 1 else number) % len(COLOURS)]
-                name = label if len(runs) == 1 else f"{run.name}: {label}"
+            for place, (key, label, style) in enumerate(metrics if len(runs) == 1 else compared):
+                colour = COLOURS[(place if len(runs) == 1 else number) % len(COLOURS)]
+                name = label if len(runs) == 1 else f"{run.name}: {label}" if len(compared) > 1 else run.name
                 drawn |= _draw(axes, run, key, colour, name, style)
         if not drawn:
             return None
@@ -107,11 +108,17 @@ def weight_histogram(runs: Sequence[Curves]) -> Figure | None:
     weighted = [run for run in runs if len(run.weights)]
     if not weighted:
         return None
-    drawing, axes = figure("Robust weights of the last steps", "robust weight × groups in the batch (1 = plain mean)", "groups")
-    top = max(max(run.weights) for run in weighted)
-    edges = [top * 1.02 * i / 40 for i in range(41)] if top > 0 else [0.0, 1.0]
+    drawing, axes = figure(
+        "Robust weights of the last steps", "robust weight × groups in the batch (1 = plain mean)", "groups (log scale)"
+    )
+    # a few weights far out would squeeze all others into one bar: they are counted in the last bin
+    top = max(2.0, *(sorted(run.weights)[int(0.99 * (len(run.weights) - 1))] for run in weighted))
+    edges = [top * i / 40 for i in range(41)]
     for number, run in enumerate(weighted):
-        axes.hist(run.weights, bins=edges, color=COLOURS[number % len(COLOURS)], alpha=0.6, label=run.name)
+        shown = [min(weight, top) for weight in run.weights]
+        name = f"{run.name} (largest {max(run.weights):.1f})"
+        axes.hist(shown, bins=edges, color=COLOURS[number % len(COLOURS)], alpha=0.55, label=name)
+    axes.set_yscale("log")
     axes.axvline(1, color="grey", linestyle=":", linewidth=1.2, label="plain mean")
     axes.legend()
     return drawing

@@ -35,13 +35,15 @@ def write_json(path: Path, value: Any) -> None:
     """Write strict JSON; a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
     os.replace(partial, path)
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths and files of one run:
+    """Paths and files of one run.
 
     `config.yaml` (every option as resolved; `--config` takes it back), `metrics.jsonl` (one line per log),
     `weights.json` (robust weights of the last steps), `summary.json`, `plots/`, `checkpoints/`, `model/`.
