@@ -53,9 +53,13 @@ def group_metrics(groups: Groups, beta: float) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def robust_metrics(weights: Tensor, ess: Tensor, parameter: Tensor) -> dict[str, Tensor]:
-    """Effective sample size, largest weight and λ in force, from the weights [G] of one normalisation."""
-    return {"robust/ess": ess, "robust/max_weight": weights.amax(), "robust/lambda": parameter}
+def robust_metrics(weights: Tensor, ess: Tensor, parameter: Tensor | None) -> dict[str, Tensor]:
+    """Effective sample size, largest weight and λ in force, from the weights [G] of one normalisation.
+
+    `parameter` is None for the mean, whose λ is infinite: JSON has no infinity.
+    """
+    metrics = {"robust/ess": ess, "robust/max_weight": weights.amax()}
+    return metrics if parameter is None else {**metrics, "robust/lambda": parameter}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class FrozenModel:
 
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         # Always eval mode: `model` is the policy itself where its log-probs are computed before training.
-        with evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             return self.scorer.logps(self.model, batch)
 
 
@@ -55,7 +56,7 @@ class PolicyWithoutAdapter:
 
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         peft_model = _unwrap(policy)
-        with peft_model.disable_adapter(), evaluating(policy):
+        with torch.no_grad(), peft_model.disable_adapter(), evaluating(policy):
             return self.scorer.logps(policy, batch)
 
 

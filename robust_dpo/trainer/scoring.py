@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from robust_dpo import ops
@@ -30,9 +29,15 @@ def response_lengths(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class SequenceScorer:
-    """Runs one kind of model. `check` says whether its head may be fused, and how its logits are made."""
+    """Runs one kind of model.
+
+    Args:
+        check: whether its head may be fused, and what it does to its logits.
+        backend: backend of the fused operators.
+    """
 
     check: HeadCheck
+    backend: str = "auto"
 
     @property
     def fused(self) -> bool:
@@ -40,41 +45,42 @@ class SequenceScorer:
 
     def for_copy(self, model: nn.Module) -> SequenceScorer:
         """The scorer of a copy of the model that this one is for."""
-        return SequenceScorer(replace(self.check, head=linear_head(model) if self.fused else None))
+        return replace(self, check=replace(self.check, head=linear_head(model) if self.fused else None))
 
-    def head_input(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[S, T, H], what the head of `model` (the wrapped one: DDP's hooks run) is given. For the fused route."""
-        assert self.check.head is not None
-        with capture_head_input(self.check.head) as captured:
-            model(**_model_inputs(batch))
-        # Prompt-learning adapters put virtual tokens in front.
-        return captured[0][:, -batch["input_ids"].shape[1] :]
+    def head_arguments(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Hidden [S, T, H], weight, bias, softcap, logit_scale and backend, as the fused operators take them.
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[S, T, V], the model's own logits."""
-        logits: Tensor = model(**_model_inputs(batch)).logits
-        return logits[:, -batch["input_ids"].shape[1] :]
-
-    def head_arguments(self) -> dict[str, Any]:
-        """weight, bias, softcap and logit_scale as the fused operators take them."""
+        `model` is the wrapped one, so that DDP's hooks run.
+        """
         head, transform = self.check.head, self.check.transform
         assert head is not None
+        with capture_head_input(head) as captured:
+            model(**_model_inputs(batch))
         return {
+            "hidden": _real_positions(captured[0], batch),
             "weight": head.weight,
             "bias": head.bias,
             "softcap": transform.softcap,
             "logit_scale": transform.logit_scale,
+            "backend": self.backend,
         }
 
     def logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[S] float32, log-prob of each response, without gradient."""
+        """[S] float32, log-prob of each response, differentiable."""
         targets = shifted_targets(batch)
-        with torch.no_grad():
-            if self.fused:
-                hidden = self.head_input(model, batch)
-                return ops.sequence_logps(hidden, targets=targets, **self.head_arguments()).detach()
-            return ops.sequence_logps_from_logits(self.logits(model, batch), targets).detach()
+        if self.fused:
+            logps = ops.sequence_logps(targets=targets, **self.head_arguments(model, batch))
+        else:
+            logits = _real_positions(model(**_model_inputs(batch)).logits, batch)
+            logps = ops.sequence_logps_from_logits(logits, targets, backend=self.backend)
+        assert isinstance(logps, Tensor)
+        return logps
 
 
 def _model_inputs(batch: Batch) -> Batch:
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+
+
+def _real_positions(values: Tensor, batch: Batch) -> Tensor:
+    """[S, T, ...] without the virtual tokens that prompt-learning adapters put in front."""
+    return values[:, -batch["input_ids"].shape[1] :]

@@ -20,6 +20,7 @@ from robust_dpo import ops
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.groups import GroupLayout, Groups
 from robust_dpo.output import PreferenceOutput
+from robust_dpo.robust import Solution
 from robust_dpo.trainer import checkpoint
 from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.data import RowPreparation, Rows, length_line
@@ -109,7 +110,7 @@ class RobustDPOTrainer(Trainer):
         self.bound_loss = args.bound_loss()
         self.objective = args.objective()
         self._reward_beta = args.reward_beta
-        self._scorer = SequenceScorer(self._check_head(self.model, "the model"))
+        self._scorer = SequenceScorer(self._check_head(self.model, "the model"), args.backend)
         self.reference = self._build_reference(ref_model)
         self._reference_fingerprint = None if self.reference is None else self.reference.fingerprint
         if self.reference is not None and args.precompute_ref_log_probs:
@@ -151,7 +152,7 @@ class RobustDPOTrainer(Trainer):
         # Quantised models refuse even a move to where they are.
         if next(ref_model.parameters()).device != self.args.device:
             ref_model = ref_model.to(self.args.device)
-        return FrozenModel.of(ref_model, SequenceScorer(self._check_head(ref_model, "ref_model")))
+        return FrozenModel.of(ref_model, SequenceScorer(self._check_head(ref_model, "ref_model"), self.args.backend))
 
     def _precompute(self, ref: Reference) -> None:
         """Add the reference's log-probs to the data sets and release it."""
@@ -205,14 +206,10 @@ class RobustDPOTrainer(Trainer):
                 "calibration": batch["calibration"] if self.args.calibrated else None,
                 "scores": batch.get("scores"),
             }
-            targets = shifted_targets(batch)
             if self._scorer.fused:
-                hidden = self._scorer.head_input(model, batch)
-                head = self._scorer.head_arguments()
-                return ops.linear_preference_loss(
-                    hidden, targets=targets, backend=self.args.backend, **head, **objective
-                )
-            logps = ops.sequence_logps_from_logits(self._scorer.logits(model, batch), targets)
+                head = self._scorer.head_arguments(model, batch)
+                return ops.linear_preference_loss(targets=shifted_targets(batch), **head, **objective)
+            logps = self._scorer.logps(model, batch)
             return ops.preference_loss(logps, lengths=response_lengths(batch), **objective)
 
     def _ref_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
@@ -237,7 +234,7 @@ class RobustDPOTrainer(Trainer):
         if model.training:
             metrics = self._group_metrics(output, inputs).mean(0)
             self._means.add(dict(zip(GROUP_METRICS, metrics, strict=True)), weight=len(output.group_losses))
-            self._means.add(robust_metrics(output.weights, output.ess, output.parameter))
+            self._means.add(robust_metrics(output.weights, output.ess, self._lambda(output)))
             self._guard.watch(output.loss, output.group_losses, inputs["ids"])
             self._last_weights = output.weights, inputs["ids"]
         return (output.loss, output) if return_outputs else output.loss
@@ -278,7 +275,7 @@ class RobustDPOTrainer(Trainer):
         metrics = {
             "loss": solution.value,
             **dict(zip(GROUP_METRICS, table[:, 2:].mean(0), strict=True)),
-            **robust_metrics(solution.weights, solution.ess, solution.parameter),
+            **robust_metrics(solution.weights, solution.ess, self._lambda(solution)),
         }
         result.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()})
         return result
@@ -291,6 +288,9 @@ class RobustDPOTrainer(Trainer):
         }
         lengths = layout.pad(response_lengths(batch).to(output.logps.dtype), fill=1.0)
         return group_metrics(Groups(layout.pad(output.logps), lengths, layout.mask, **optional), self._reward_beta)
+
+    def _lambda(self, solved: PreferenceOutput | Solution) -> Tensor | None:
+        return solved.parameter if self.args.weighs_groups else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; logs of training get the metrics gathered since the last one."""
