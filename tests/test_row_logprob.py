@@ -468,7 +468,9 @@ BAD_CALLS = {
     "gradient shape": ({"grad_out": torch.zeros(4, 5)}, r"grad_out: expected shape \[4, 6\]"),
     "gradient integer": ({"grad_out": X.int()}, "grad_out: expected a floating dtype"),
     "gradient double": ({"grad_out": X.double()}, "grad_out: expected a floating dtype"),
-    "gradient overlaps by a row": ({"logits": X[:3], "targets": T[:3], "grad_out": X[1:]}, "grad_out: expected memory apart"),
+    "gradient a row further": (
+        {"logits": X[:3], "targets": T[:3], "grad_out": X[1:]}, "grad_out: expected memory apart from logits",
+    ),
     "gradient in other rows": (
         {"grad_out": X.view(torch.bfloat16).view(8, 6)[:4]}, "grad_out: expected memory apart from logits",
     ),
