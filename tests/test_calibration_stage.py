@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,15 @@ class TestQuality:
 
 
 class TestEncoder:
+    @pytest.fixture(autouse=True)
+    @staticmethod
+    def one_thread() -> Iterator[None]:
+        """Threads that wait for each other cost a model this small nine tenths of its time on a busy machine."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
     @pytest.fixture(scope="class")
     @staticmethod
     def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
