@@ -21,7 +21,8 @@ class Interval:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
-        return math.isfinite(value) and above and below
+        # Comparisons, not math.isfinite: torch.compile traces them for floats that it has made symbolic.
+        return -math.inf < value < math.inf and above and below
 
     def __str__(self) -> str:
         left = "(" if self.low_open or math.isinf(self.low) else "["

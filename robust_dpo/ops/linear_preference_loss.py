@@ -99,7 +99,7 @@ def linear_preference_loss(
     compute_dtype = autocast_dtype(hidden, weight)
     tile_dtype = inputs.check_tile_dtype(tile_dtype, compute_dtype)
     names = tuple(loss_options)
-    key = intern(loss, _hex(beta), names, tuple(encode(loss_options[name]) for name in names), robust)
+    key = intern(loss, encode(beta), names, tuple(encode(loss_options[name]) for name in names), robust)
     rows = hidden.shape[0] * (hidden.shape[1] if hidden.ndim == 3 else 1)
     live = torch.is_grad_enabled()
     result = GroupedResult(
@@ -142,13 +142,6 @@ def linear_preference_loss(
         parameter=result.parameter,
         log_partition=result.log_partition,
     )
-
-
-def _hex(number: object) -> str | None:
-    """The exact decimal-free form of a number, which torch.compile keeps a constant."""
-    if number is None:
-        return None
-    return inputs.check_number("beta", number, inputs.FINITE).hex()
 
 
 def _check_reference(

@@ -97,15 +97,15 @@ _INTERNED: dict[str, Objective] = {}
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch ships it without annotations
 def intern(
-    loss: Loss, beta: str | None, names: tuple[str, ...], values: tuple[Any, ...], aggregation: str | robust.RobustObjective
+    loss: Loss, beta: Any, names: tuple[str, ...], values: tuple[Any, ...], aggregation: str | robust.RobustObjective
 ) -> str:
     """Check an objective, remember it, and give the key to find it by.
 
-    Evaluated once while torch.compile traces, so the numbers come in as `float.hex` strings: torch.compile would
-    make symbols of floats that change, and a constant cannot be taken from a symbol.
+    Evaluated once while torch.compile traces, so numbers come in as `encode` writes them: torch.compile makes
+    symbols of floats that change, and a constant cannot be taken from a symbol.
     """
     options = {name: _decode(value) for name, value in zip(names, values, strict=True)}
-    objective = Objective.resolve(loss, None if beta is None else float.fromhex(beta), options, aggregation)
+    objective = Objective.resolve(loss, _decode(beta), options, aggregation)
     _INTERNED.setdefault(objective.key, objective)
     return objective.key
 
