@@ -101,19 +101,3 @@ class RowPreparation:
             for index, value in zip(members, groups.tolist(), strict=True):
                 calibration[index] = value
         return calibration
-
-
-def length_line(dataset: Dataset) -> str:
-    """One line about the groups, the tokens and what truncation removed."""
-    prompts = [len(ids) for ids in dataset["prompt_ids"]]
-    responses = sorted(len(ids) for group in dataset["response_ids"] for ids in group)
-    median = responses[len(responses) // 2]
-    line = (
-        f"{len(dataset)} groups, {len(responses)} responses; prompt tokens mean {sum(prompts) / len(prompts):.0f}, "
-        f"max {max(prompts)}; response tokens median {median}, max {responses[-1]}"
-    )
-    if "response_cut" in dataset.column_names:
-        cut = sum(count > 0 for group in dataset["response_cut"] for count in group)
-        prompts_cut = sum(count > 0 for count in dataset["prompt_cut"])
-        line += f"; truncated: {prompts_cut} prompts, {cut} responses"
-    return line

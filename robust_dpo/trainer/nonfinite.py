@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -55,6 +56,7 @@ class NonFiniteGuard(TrainerCallback):
             for name, finite in zip(names, group_losses.isfinite().tolist(), strict=True)
             if not finite
         ]
+        ids = gather_object(ids)
         if not self._skip:
             raise NonFiniteLossError(ids, state.global_step)
         self.skipped_steps += 1

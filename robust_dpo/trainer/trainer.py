@@ -17,13 +17,14 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from robust_dpo import ops
+from robust_dpo.data import length_statistics
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.groups import GroupLayout, Groups
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.robust import Solution
 from robust_dpo.trainer import checkpoint
 from robust_dpo.trainer.config import RobustDPOConfig
-from robust_dpo.trainer.data import RowPreparation, Rows, length_line
+from robust_dpo.trainer.data import RowPreparation, Rows
 from robust_dpo.trainer.dropout import disable_dropout
 from robust_dpo.trainer.head import LogitTransform
 from robust_dpo.trainer.metrics import GROUP_METRICS, RunningMeans, group_metrics, robust_metrics
@@ -119,8 +120,9 @@ class RobustDPOTrainer(Trainer):
         self._guard = NonFiniteGuard(self.accelerator, skip=args.on_nonfinite == "skip")
         self.add_callback(self._guard)
         self._last_weights: tuple[Tensor, list[str]] | None = None
-        if self.train_dataset is not None and not args.disable_tqdm:
-            self.accelerator.print(length_line(self.train_dataset))
+        # Rows that were not tokenised by tokenize_groups do not say what was cut.
+        if not args.disable_tqdm and "response_cut" in getattr(self.train_dataset, "column_names", ()):
+            self.accelerator.print(length_statistics(self.train_dataset, args.per_device_train_batch_size))
 
     def _check_head(self, model: nn.Module, name: str) -> HeadCheck:
         """The route that the head of `model` takes."""

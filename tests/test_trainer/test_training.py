@@ -329,6 +329,13 @@ def test_bad_arguments(
         make_trainer(**arguments)
 
 
+def test_length_statistics_are_printed_once(make_trainer: Callable[..., Any], capsys: pytest.CaptureFixture) -> None:
+    make_trainer(disable_tqdm=False)
+    assert capsys.readouterr().out.count("12 groups, 24 responses") == 1
+    make_trainer(disable_tqdm=True)
+    assert "groups" not in capsys.readouterr().out
+
+
 def test_streams_are_refused(make_trainer: Callable[..., Any], build_rows: Callable[..., Any]) -> None:
     from datasets import Dataset
 
