@@ -37,6 +37,8 @@ ISA_SOURCES = {
     "csrc/row_logprob_avx2.cpp": AVX2,
     "csrc/row_logprob_avx512.cpp": AVX512,
     "csrc/row_logprob_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "csrc/head_avx512.cpp": AVX512,
+    "csrc/head_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 
 
@@ -53,7 +55,7 @@ def cpu_extension(optional: bool) -> Pybind11Extension:
     with_isas = X86_64 and GNU_LIKE
     extension = Pybind11Extension(
         CPU_EXTENSION,
-        ["csrc/bindings.cpp", "csrc/parallel.cpp", "csrc/row_logprob_generic.cpp"],
+        ["csrc/bindings.cpp", "csrc/head_bindings.cpp", "csrc/parallel.cpp", "csrc/row_logprob_generic.cpp"],
         depends=[str(path) for path in sorted(Path("csrc").glob("*")) if path.suffix in (".h", ".cpp")],
         cxx_std=17,
         define_macros=[("ROBUST_DPO_X86", "1")] if with_isas else [],

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "head_bindings.h"
 #include "parallel.h"
 #include "row_logprob.h"
 
@@ -117,4 +118,5 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("targets"), py::arg("bias"), py::arg("softcap"), py::arg("scale"), py::arg("logp"), py::arg("lse"),
           py::arg("entropy"), py::arg("grad"), py::arg("grad_dtype"), py::arg("grad_stride"), py::arg("row_scale"),
           py::arg("threads"));
+    robust_dpo::bind_linear_head(m);
 }

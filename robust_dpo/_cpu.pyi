@@ -21,3 +21,41 @@ def row_logprob(
     row_scale: int,
     threads: int,
 ) -> None: ...
+
+HEAD_VOCAB_BLOCK: int
+
+class HeadInputs:
+    def __init__(
+        self,
+        *,
+        x: int,
+        weight: int,
+        targets: int,
+        bias: int,
+        rows: int,
+        hidden: int,
+        vocab: int,
+        x_stride: int,
+        weight_stride: int,
+        scale: float,
+        softcap: float,
+        threads: int,
+    ) -> None: ...
+
+class HeadTile:
+    def __init__(self, *, values: int, references: int, target_logp: int, target_derivative: int) -> None: ...
+
+def head_forward(inputs: HeadInputs, *, bf16: bool, logp: int, lse: int, entropy: int, tile: HeadTile) -> None: ...
+def head_backward(
+    inputs: HeadInputs,
+    *,
+    bf16: bool,
+    tile: HeadTile,
+    lse: int,
+    coefficients: int,
+    grad_x: int,
+    grad_x_stride: int,
+    grad_weight: int,
+    grad_weight_stride: int,
+    grad_bias: int,
+) -> None: ...
