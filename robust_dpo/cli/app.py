@@ -39,4 +39,5 @@ for _command in (calibrate, train, evaluate, report, doctor, demo):
 def main() -> None:
     """Entry point of the console script and of `python -m robust_dpo`."""
     sys.excepthook = report_internal_error
-    app(prog_name="robust-dpo")
+    # not app(): that would put typer's own hook in the place of ours
+    typer.main.get_command(app)(prog_name="robust-dpo")

@@ -57,7 +57,7 @@ def demo(
     config: Config = None,
     debug: Debug = False,
 ) -> None:
-    """Run the whole pipeline: does the calibrated worst case beat plain DPO when labels are bad?
+    """Run the whole pipeline, calibrated worst case against plain DPO on bad labels, and print one table.
 
     It warms a model up, reverses 40 % of the training labels, calibrates, trains plain DPO and its calibrated robust
     form from the same start with the same budget, and evaluates both on clean held-out pairs. The table prints what

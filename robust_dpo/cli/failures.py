@@ -14,6 +14,8 @@ from robust_dpo.cli.exit_codes import ExitCode
 from robust_dpo.errors import DataError
 
 _DEBUG = "robust_dpo.debug"
+# The base class of every error of a command line. Typer has no public name for it: click's, or typer's own copy.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class ModelError(RuntimeError):
@@ -58,6 +60,11 @@ class ReportingGroup(TyperGroup):
         except KeyboardInterrupt as interrupt:
             typer.echo("robust-dpo: interrupted", err=True)
             raise typer.Exit(ExitCode.INTERRUPTED) from interrupt
+        except _UsageError as error:
+            message = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+            command = getattr(getattr(error, "ctx", None), "command_path", "robust-dpo")
+            typer.echo(f"robust-dpo: error: {' '.join(message.split())} (see {command} --help)", err=True)
+            raise typer.Exit(ExitCode.USAGE) from error
         except (ValueError, TypeError, OSError, ModelError) as error:
             code = exit_code_of(error)
             if code is None:

@@ -85,7 +85,6 @@ class TrainingRun:
 
         run = RunDirectory.create(self.options["out"], overwrite=self.overwrite, resume=self.resume)
         checkpoint = self._checkpoint(run)
-        run.write_config(self.options)
         trainer = RobustDPOTrainer(
             model,
             ref_model,
@@ -95,6 +94,7 @@ class TrainingRun:
             processing_class=tokenizer,
             peft_config=self._adapter(),
         )
+        run.write_config(self.options)
         trainer.add_callback(MetricsCallback(run, trainer.worst_groups))
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(run.model))

@@ -132,7 +132,7 @@ def warm_up(
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
-            logging_steps=20,
+            logging_steps=0.1,
             save_strategy="no",
             seed=seed,
             report_to=[],

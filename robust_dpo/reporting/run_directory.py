@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
@@ -95,7 +98,8 @@ class RunDirectory:
         Raises:
             FileExistsError: something is there that may not be touched.
         """
-        occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
+        # empty folders are what a run leaves that was refused before it began
+        occupied = path.is_file() or any(entry.is_file() for entry in path.rglob("*"))
         if occupied and not resume:
             if not overwrite:
                 raise FileExistsError(f"{path}: already holds files; choose another --out, or give --overwrite")
