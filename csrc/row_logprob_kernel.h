@@ -21,9 +21,9 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The running shift of the exponentials is moved only when a value exceeds it by this much: sums of e^16 are far from
-// overflow, so precision is that of the true maximum while the rescaling branch is taken once or twice in a row.
-constexpr float kSlack = 16.0f;
+// The running shift of the exponentials is moved only when a value exceeds it by this much, so the rescaling branch is
+// taken a few times in a row. More slack would cost the entropy digits: it is the difference of two terms of that size.
+constexpr float kSlack = 2.0f;
 
 // Blocks after which the fp32 lane sums are folded into double; bounds the error of long vocabularies.
 constexpr int64_t kFoldBlocks = 64;
