@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from robust_dpo import sequence_logps
-from robust_dpo.backends import get_row_logprob
+from robust_dpo.dispatch import get_row_logprob
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("torch", "cpu")

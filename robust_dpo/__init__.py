@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robust_dpo import calibration, official
-    from robust_dpo.backends import backends
+    from robust_dpo.dispatch import backends
     from robust_dpo.groups import Groups
     from robust_dpo.losses import available_losses, register_loss
     from robust_dpo.ops import (
@@ -59,6 +57,7 @@ _HOMES = {
     "RobustObjective": "robust",
     "SequenceLogps": "ops",
     "available_losses": "losses",
+    "backends": "dispatch",
     "calibration": "calibration",
     "linear_preference_loss": "ops",
     "official": "official",
@@ -80,18 +79,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """The function `backends` has the name of the submodule that defines it, whose import must not hide it."""
-
-    @property
-    def backends(self) -> object:
-        return importlib.import_module(f"{__name__}.backends").backends
-
-    @backends.setter
-    def backends(self, submodule: ModuleType) -> None:
-        """The import system sets a package's attribute to every submodule that it imports; here it has no effect."""
-
-
-sys.modules[__name__].__class__ = _Package

@@ -159,9 +159,7 @@ def linear_preference_loss(
         ref_logits = transformed_logits(ref_hidden, ref_weight, ref_bias, softcap, logit_scale)
         ref_logps = sequence_logps(ref_logits, targets, seq_lens)[0].detach()
     layout = GroupLayout.build(len(logps), group_size, group_sizes, logps.device)
-    values = group_epilogue(
-        logps, ref_logps, lengths, layout, group_losses.resolve(loss, beta, options), scores
-    )
+    values = group_epilogue(logps, ref_logps, lengths, layout, group_losses.resolve(loss, beta, options), scores)
     if calibration is None:
         calibration = torch.ones_like(values)
     elif len(calibration) == len(logps):

@@ -183,7 +183,7 @@ def test_auto_goes_on_without_a_compiler_and_says_so(source: Path, tmp_path: Pat
 def check_without_extension(installed: Path, reason: str) -> None:
     code = """
     import torch
-    from robust_dpo.backends import backends, get_row_logprob
+    from robust_dpo.dispatch import backends, get_row_logprob
     report = backends()
     print(report["cpu"])
     assert report["torch"].usable and not report["cpu"].usable

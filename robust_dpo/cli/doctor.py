@@ -17,7 +17,7 @@ from robust_dpo.cli.exit_codes import ExitCode
 from robust_dpo.cli.options import Debug
 
 if TYPE_CHECKING:
-    from robust_dpo.backends import BackendReport
+    from robust_dpo.dispatch import BackendReport
 
 REQUIRED = (
     "torch",
@@ -125,7 +125,7 @@ def doctor(debug: Debug = False) -> None:
     for name, value in _machine_rows():
         console.print(f"{name:>8}  {value}", highlight=False, soft_wrap=True)
     console.print()
-    from robust_dpo.backends import backends
+    from robust_dpo.dispatch import backends
 
     report = backends()
     console.print("[bold]Backends[/bold], best first")

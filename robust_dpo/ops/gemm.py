@@ -11,7 +11,7 @@ _SLAB_ROWS = 4096
 
 
 def logits_into(tile: Tensor, x: Tensor, weight: Tensor) -> None:
-    """tile [n, V] ← x Wᵀ. A tile wider than the inputs gets the product of the widened inputs, slab by slab."""
+    """Write x Wᵀ into the tile [n, V]; a tile wider than the inputs gets the product of the widened inputs."""
     if tile.dtype == x.dtype:
         torch.mm(x, weight.t(), out=tile)
         return
@@ -27,7 +27,7 @@ def times_weight(z: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, z: Tensor, x: Tensor) -> None:
-    """total [V, H] += zᵀ x, accumulated in the dtype of `total`."""
+    """Add zᵀ x to `total` [V, H], accumulated in the dtype of `total`."""
     if total.dtype == x.dtype:
         total.addmm_(z.t(), x)
         return
@@ -37,7 +37,7 @@ def add_product(total: Tensor, z: Tensor, x: Tensor) -> None:
 
 
 def add_weighted_rows(total: Tensor, z: Tensor, factors: Tensor) -> None:
-    """total [V] += factorsᵀ z, accumulated in the dtype of `total`."""
+    """Add factorsᵀ z to `total` [V], accumulated in the dtype of `total`."""
     for start in range(0, len(total), _SLAB_ROWS):
         stop = start + _SLAB_ROWS
         total[start:stop] += factors @ z[:, start:stop].to(total.dtype)

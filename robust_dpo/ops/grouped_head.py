@@ -12,7 +12,8 @@ from torch import Tensor
 from robust_dpo.groups import GroupLayout
 from robust_dpo.kernels.row_logprob import RowLogprob
 from robust_dpo.ops import inputs
-from robust_dpo.ops.head import HeadGradients, HeadWeights, LinearHead, choose_head
+from robust_dpo.ops.choose_head import choose_head
+from robust_dpo.ops.head import HeadGradients, HeadWeights, LinearHead
 from robust_dpo.ops.objective import Objective, Responses, group_epilogue
 from robust_dpo.ops.rows import Chunk, ResponseRows, cut_groups
 from robust_dpo.robust import ExponentialTilt
@@ -95,9 +96,7 @@ class GroupedHead:
         sizes = self.layout.mask.sum(1).tolist()
         self.chunks = cut_groups(self.rows, sizes, self.max_rows)
         largest = max((stop - start for chunk in self.chunks for start, stop in chunk.pieces), default=1)
-        self.engine = choose_head(
-            self.head.weight, max(1, largest), backend=self.backend, tile_dtype=self.tile_dtype
-        )
+        self.engine = choose_head(self.head.weight, max(1, largest), backend=self.backend, tile_dtype=self.tile_dtype)
         self.logps = torch.zeros(responses, dtype=dtype, device=device)
 
     def set_reference(self, head: HeadWeights, hidden: Tensor) -> None:

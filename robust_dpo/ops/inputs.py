@@ -79,7 +79,7 @@ def check_targets(targets: object, leading: torch.Size, seq_lens: object, device
 
 
 def check_logit_transform(softcap: object, logit_scale: object) -> tuple[float | None, float]:
-    """softcap > 0 or None, and a finite factor."""
+    """A softcap > 0 or None, and a finite factor."""
     cap = None if softcap is None else check_number("softcap", softcap, POSITIVE)
     return cap, check_number("logit_scale", logit_scale, FINITE)
 
@@ -87,7 +87,7 @@ def check_logit_transform(softcap: object, logit_scale: object) -> tuple[float |
 def check_tile_dtype(tile_dtype: object, dtype: torch.dtype) -> torch.dtype | None:
     """None, or a dtype that is the inputs' own or float32."""
     if tile_dtype is None or tile_dtype == dtype or (tile_dtype == torch.float32 and dtype.itemsize == 2):
-        return tile_dtype  # type: ignore[return-value]  # compared equal to a dtype
+        return tile_dtype
     raise argument_error("tile_dtype", f"None, {dtype} as the inputs, or torch.float32 for half precision", tile_dtype)
 
 

@@ -13,9 +13,9 @@ from robust_dpo.errors import argument_error
 from robust_dpo.ops import inputs
 from robust_dpo.ops.autocast import autocast_dtype
 from robust_dpo.ops.chunking import chunk_rows
-from robust_dpo.ops.objective import Loss, encode, intern, interned
 from robust_dpo.ops.grouped_head import GroupedHead, GroupedResult
 from robust_dpo.ops.head import HeadWeights
+from robust_dpo.ops.objective import encode, intern, interned
 from robust_dpo.ops.scaling import scaled
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.robust import RobustObjective
@@ -211,7 +211,7 @@ def _operator(
     elif ref_logps is not None:
         run.set_reference_logps(ref_logps)
     run.set_groups(calibration, scores)
-    return tuple(run.solve(interned(objective), log_normalizer, needs_hidden, needs_weight, needs_bias))
+    return run.solve(interned(objective), log_normalizer, needs_hidden, needs_weight, needs_bias)
 
 
 @_operator.register_fake

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dpo.backends import get_row_logprob
+from robust_dpo.dispatch import get_row_logprob
 from robust_dpo.ops.rows import ResponseRows, cut_rows
 
 
@@ -22,7 +22,7 @@ def logits_logps(
     backend: str,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logps [S], token logps and entropies shaped like `targets` (entropies empty where not asked for)."""
+    """Log-probs [S], token log-probs and entropies shaped like `targets` (entropies empty where not asked for)."""
     rows = ResponseRows.select(targets, seq_lens, logits.shape[-1])
     launch = get_row_logprob(backend, logits.device, logits.dtype)
     flat = logits.reshape(-1, logits.shape[-1])
@@ -32,9 +32,7 @@ def logits_logps(
     entropies = torch.zeros_like(token_logps)
     for start, stop in cut_rows(0, rows.count, max_rows):
         tile = rows.gather(flat, start, stop)
-        result = launch(
-            tile, rows.targets[start:stop], softcap=softcap, logit_scale=logit_scale, entropy=entropy
-        )
+        result = launch(tile, rows.targets[start:stop], softcap=softcap, logit_scale=logit_scale, entropy=entropy)
         rows.add_to_sequences(logps, result.logp, start)
         token_logps[start:stop] = result.logp
         if result.entropy is not None:
@@ -92,9 +90,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _fake_backward(
-    grad_logps: Tensor | None, grad_token_logps: Tensor | None, logits: Tensor, *rest: Any
-) -> Tensor:
+def _fake_backward(grad_logps: Tensor | None, grad_token_logps: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dpo import losses, robust
+from robust_dpo import losses
 from robust_dpo.groups import GroupLayout, Groups
+from robust_dpo.robust import RobustObjective
+from robust_dpo.robust import resolve as resolve_robust
 
 Loss = str | Callable[..., Tensor] | losses.BoundLoss
 
@@ -21,13 +23,13 @@ class Objective:
     """What is minimised: a group loss and how the groups' losses become one value."""
 
     loss: losses.BoundLoss
-    robust: robust.RobustObjective
+    robust: RobustObjective
 
     @staticmethod
     def resolve(
-        loss: Loss, beta: float | None, options: Mapping[str, Any], aggregation: str | robust.RobustObjective
+        loss: Loss, beta: float | None, options: Mapping[str, Any], aggregation: str | RobustObjective
     ) -> Objective:
-        return Objective(losses.resolve(loss, beta, options), robust.resolve(aggregation))
+        return Objective(losses.resolve(loss, beta, options), resolve_robust(aggregation))
 
     @property
     def key(self) -> str:
@@ -95,9 +97,9 @@ def _autograd_inside_operator() -> Iterator[None]:
 _INTERNED: dict[str, Objective] = {}
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch ships it without annotations
+@torch._dynamo.assume_constant_result
 def intern(
-    loss: Loss, beta: Any, names: tuple[str, ...], values: tuple[Any, ...], aggregation: str | robust.RobustObjective
+    loss: Loss, beta: Any, names: tuple[str, ...], values: tuple[Any, ...], aggregation: str | RobustObjective
 ) -> str:
     """Check an objective, remember it, and give the key to find it by.
 

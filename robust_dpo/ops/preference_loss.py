@@ -65,7 +65,9 @@ def preference_loss(
     values = logps.to(dtype)
     reference = None if ref_logps is None else ref_logps.detach().to(dtype)
     group_losses = objective.loss(group_responses(Responses(values, lengths, reference, scores), layout))
-    solution = objective.robust.solve(group_losses, inputs.group_calibration(calibration, layout, dtype), log_normalizer)
+    solution = objective.robust.solve(
+        group_losses, inputs.group_calibration(calibration, layout, dtype), log_normalizer
+    )
     return PreferenceOutput(
         loss=solution.attach(group_losses),
         logps=values.detach(),

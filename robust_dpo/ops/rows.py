@@ -87,7 +87,7 @@ class ResponseRows:
         return total
 
     def add_to_sequences(self, sums: Tensor, values: Tensor, start: int) -> None:
-        """sums [S] += the values of rows start, start + 1, …, each to its response.
+        """Add the values of rows start, start + 1, … to `sums` [S], each to its response.
 
         Summed in float64: a response has thousands of tokens, and the robust weights are exponentials of the sums.
         """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient · factor in `dtype`; reuses the memory of `gradient` where nobody can see it.
+    """The gradient times a factor, in `dtype`; reuses the memory of `gradient` where nobody can see it.
 
     A weight gradient is as large as the head, so a copy is worth avoiding. Autograd frees saved tensors after a
     backward pass unless the graph is kept; a compiled backward is out-of-place and lets the compiler decide.

@@ -10,8 +10,9 @@ from torch import Tensor
 from robust_dpo.errors import argument_error
 from robust_dpo.ops import inputs
 from robust_dpo.ops.autocast import autocast_dtype
+from robust_dpo.ops.choose_head import choose_head
 from robust_dpo.ops.chunking import chunk_rows
-from robust_dpo.ops.head import HeadGradients, HeadWeights, choose_head
+from robust_dpo.ops.head import HeadGradients, HeadWeights
 from robust_dpo.ops.logits_logps import logits_logps
 from robust_dpo.ops.rows import ResponseRows, cut_rows
 
@@ -134,7 +135,7 @@ def _forward(
     backend: str,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logps [S], token logps and entropies shaped like `targets` (entropies empty where not asked for)."""
+    """Log-probs [S], token log-probs and entropies shaped like `targets` (entropies empty where not asked for)."""
     head = HeadWeights(weight.to(compute_dtype), bias, softcap, logit_scale)
     rows = ResponseRows.select(targets, seq_lens, weight.shape[0])
     flat = hidden.reshape(-1, hidden.shape[-1])

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from robust_dpo.backends import Backend, BackendStatus, backends, choose_backend, get_row_logprob, register_backend
+from robust_dpo import dispatch as module
+from robust_dpo.dispatch import Backend, BackendStatus, backends, choose_backend, get_row_logprob, register_backend
 from robust_dpo.kernels import row_logprob_torch
 
-# `robust_dpo.backends` is the function; the module of that name is found by import only.
-module = importlib.import_module("robust_dpo.backends")
 REQUIRED = os.environ.get("ROBUST_DPO_REQUIRE_BACKENDS", "").split()
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from robust_dpo.kernels.row_logprob import RowLogprobLauncher
 
 ROW_LOGPROB = "row_logprob"
+FUSED_HEAD = "fused_head"
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 BUILD_REPORT = Path(__file__).with_name("_build.json")
 
@@ -77,7 +78,8 @@ class Backend:
     Args:
         name: the value of `backend=`.
         probe: its status here; called once.
-        launchers: operator -> "module:function", imported when first used.
+        launchers: operator -> "module:function", imported when first used. For the fused head, the function that says
+            why it cannot run for a dtype.
         device_types: where it runs; None for everywhere.
         dtypes: of the tiles that it takes.
         priority: `auto` takes the usable backend of the highest priority.
@@ -162,6 +164,15 @@ def get_row_logprob(backend: str, device: torch.device | str, dtype: torch.dtype
     return cast("RowLogprobLauncher", _load(chosen.launchers[ROW_LOGPROB]))
 
 
+def has_fused_head(backend: str, device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether the backend that runs row_logprob also has the whole LM head as one kernel, for weights of `dtype`.
+
+    Where it has not, the head is matrix products by torch and row_logprob. Errors as in `choose_backend`.
+    """
+    reason = choose_backend(ROW_LOGPROB, backend, device, dtype).launchers.get(FUSED_HEAD)
+    return reason is not None and cast("Callable[[torch.dtype], str | None]", _load(reason))(dtype) is None
+
+
 @functools.cache
 def _load(launcher: str) -> Callable[..., object]:
     module, _, function = launcher.partition(":")
@@ -199,7 +210,10 @@ register_backend(
     Backend(
         "cpu",
         _probe_cpu,
-        {ROW_LOGPROB: "robust_dpo.kernels.row_logprob_cpu:row_logprob"},
+        {
+            ROW_LOGPROB: "robust_dpo.kernels.row_logprob_cpu:row_logprob",
+            FUSED_HEAD: "robust_dpo.kernels.linear_head_cpu:unsupported_reason",
+        },
         device_types=frozenset({"cpu"}),
         priority=10,
     )
