@@ -333,3 +333,11 @@ def test_debug_shows_the_traceback_and_an_internal_error_is_one_line(tmp_path: P
         assert "ZeroDivisionError" in done.stderr
         if not traceback:
             assert len(done.stderr.strip().splitlines()) == 2
+
+
+def test_documentation_has_the_commands_and_the_exit_codes() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    for command in COMMANDS:
+        assert f"| `{command}` |" in page
+    for code, meaning in MEANING.items():
+        assert f"| {int(code)} | {meaning} |" in page

@@ -283,7 +283,7 @@ class _Repetition:
 
 
 def _group_calibration(calibration: CalibrationResult) -> list[float]:
-    """Calibration of each group; for a trusted one its label is known and not estimated: K, the `share` of a certain label."""
+    """Calibration of each group; where the label is trusted it is not estimated: K, the `share` of a certain label."""
     rows = calibration.dataset
     if "trusted" not in rows.column_names:
         return calibration.group_h

@@ -17,19 +17,19 @@ from robust_dpo.reporting.report import read_curves
 from robust_dpo.reporting.run_directory import write_json
 
 NAMES = {
-    START: "start (after warm-up)",
+    START: "start",
     "erm": "plain DPO",
-    "reweight": "calibrated weights only",
-    "dro": "worst case only",
-    "dora": "calibrated worst case (DoRA)",
+    "reweight": "calibrated mean",
+    "dro": "worst case",
+    "dora": "DoRA",
     "dora_outside": "worst case × mean h",
 }
 COLUMNS = (
     "model",
     "held-out accuracy",
-    "reward margin",
-    "corrupted pairs, true label",
-    "effective sample size",
+    "margin",
+    "corrupted pairs",
+    "ESS",
     "seconds",
 )
 
@@ -82,10 +82,12 @@ def notes(result: DemoResult) -> list[str]:
     lines = [
         f"Data: {result.description}.",
         f"Each arm: {result.steps} steps of {budget.batch_size} pairs from the same start, same order, learning rate, "
-        f"β = {budget.beta:g}; λ = {budget.lam:g} for the worst case. {seeds}.",
+        f"β = {budget.beta:g}; DoRA is the calibrated worst case, λ = {budget.lam:g}. {seeds[:1].upper()}{seeds[1:]}.",
         f"Classifier, cross-fitted: AUC {auc:.3f} (0.5 is chance).{_separation(result)}",
         "Held-out pairs are clean and of other prompts. Accuracy and margin are of the implicit reward β·(log-ratio to "
         "the start); * the start has none and ranks by log-prob per token.",
+        "Corrupted pairs: share of the training pairs with a reversed label that the model ranks by the true one. ESS: "
+        "effective sample size of the robust weights of a batch.",
     ]
     if len(settings.modes) > 1:
         lines.append(verdict(result))
