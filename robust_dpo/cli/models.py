@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from robust_dpo.cli.failures import ModelError
@@ -21,7 +22,7 @@ def load_causal_lm(name: str, dtype: str = "float32") -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {name}: {_first_line(error)}") from error
+        raise ModelError(f"model {name}: {_reason(name, error)}") from error
     return model
 
 
@@ -36,11 +37,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ModelError(f"tokenizer {name}: {_first_line(error)}") from error
+        raise ModelError(f"tokenizer {name}: {_reason(name, error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _reason(name: str, error: Exception) -> str:
+    """The first line of the error, and that there is no such directory, which the error of the Hub does not say."""
+    first = str(error).strip().partition("\n")[0]
+    return first if Path(name).exists() else f"no such directory, and not found on the Hub: {first}"

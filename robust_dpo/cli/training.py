@@ -50,7 +50,6 @@ _FIELDS = {
     "warmup_steps": "warmup_steps",
     "logging_steps": "logging_steps",
     "bf16": "bf16",
-    "gradient_checkpointing": "gradient_checkpointing",
     "seed": "seed",
 }
 
@@ -121,6 +120,8 @@ class TrainingRun:
             "report_to": [],
             "dataloader_pin_memory": torch.cuda.is_available(),
             "calibration_options": self._mixture(),
+            # only where asked for: newer versions of transformers warn about the name
+            **({"gradient_checkpointing": True} if self.options["gradient_checkpointing"] else {}),
             **plain,
         }
         return RobustDPOConfig(**{**fields, **_extra_fields(self.options["trainer_arg"] or [])})

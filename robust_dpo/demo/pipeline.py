@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -187,13 +188,14 @@ class _Repetition:
         rows = tokenize_groups(rows, tokenizer, max_length=budget.max_length, on_bad_row="drop")
         repetition = _Repetition(settings, budget, seed, folder, stage, corpus, calibration, start, tokenizer, rows)
         # the reference is the same for all arms, so it runs over the data only once
-        trainer = RobustDPOTrainer(
-            repetition.fresh_start(),
-            None,
-            repetition.trainer_config("erm", folder / START, precompute_ref_log_probs=True),
-            train_dataset=rows,
-            processing_class=tokenizer,
-        )
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = RobustDPOTrainer(
+                repetition.fresh_start(),
+                None,
+                repetition.trainer_config("erm", Path(scratch), precompute_ref_log_probs=True),
+                train_dataset=rows,
+                processing_class=tokenizer,
+            )
         return replace(repetition, rows=trainer.train_dataset)
 
     @property

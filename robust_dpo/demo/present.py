@@ -60,8 +60,8 @@ def _row(result: DemoResult, mode: str) -> Row:
             single if len(arms) == 1 else _spread(accuracies, 3),
             _spread([arm.held_out["margin"] for arm in arms], 3),
             _spread([arm.corrupted_accuracy for arm in arms], 3),
-            f"{_spread([arm.ess for arm in arms], 1)} of {result.batch_size}",
-            _spread([arm.seconds for arm in arms], 0),
+            f"{_mean([arm.ess for arm in arms], 1)} of {result.batch_size}",
+            _mean([arm.seconds for arm in arms], 0),
         )
     )
 
@@ -72,6 +72,11 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
         return "–"
     mean = f"{statistics.fmean(known):.{digits}f}"
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+
+
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.{digits}f}" if known else "–"
 
 
 def notes(result: DemoResult) -> list[str]:
