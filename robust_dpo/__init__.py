@@ -10,13 +10,9 @@ if TYPE_CHECKING:
     from robust_dpo.dispatch import backends
     from robust_dpo.groups import Groups
     from robust_dpo.losses import available_losses, register_loss
-    from robust_dpo.ops import (
-        SequenceLogps,
-        linear_preference_loss,
-        preference_loss,
-        sequence_logps,
-        sequence_logps_from_logits,
-    )
+    from robust_dpo.ops.linear_preference_loss import linear_preference_loss
+    from robust_dpo.ops.preference_loss import preference_loss
+    from robust_dpo.ops.sequence_logps import SequenceLogps, sequence_logps, sequence_logps_from_logits
     from robust_dpo.output import PreferenceOutput
     from robust_dpo.robust import DrDPO, KLRobust, Mean, RobustObjective
     from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer

@@ -109,7 +109,9 @@ def weight_histogram(runs: Sequence[Curves]) -> Figure | None:
     if not weighted:
         return None
     drawing, axes = figure(
-        "Robust weights of the last steps", "robust weight × groups in the batch (1 = plain mean)", "groups (log scale)"
+        "Robust weights of the last steps",
+        "robust weight × groups in the batch (1 = plain mean; the last bar is all beyond)",
+        "groups (log scale)",
     )
     # a few weights far out would squeeze all others into one bar: they are counted in the last bin
     top = max(2.0, *(sorted(run.weights)[int(0.99 * (len(run.weights) - 1))] for run in weighted))
