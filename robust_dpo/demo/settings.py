@@ -79,8 +79,8 @@ class DemoSettings:
 
 
 WORLD = Budget(
-    train_pairs=2400,
-    held_out_pairs=600,
+    train_pairs=2000,
+    held_out_pairs=500,
     vocab_size=1024,
     hidden_size=128,
     layers=3,
