@@ -1,0 +1,48 @@
+"""The code in the README runs, and the API page is what the docstrings say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 3
+    letters = {character: index for index, character in enumerate("</s> abcdefghijklmnopqrstuvwxyz")}
+    vocabulary = {"</s>": 0, "<unk>": 1} | {letter: index + 2 for letter, index in letters.items()}
+    backbone = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backbone.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    names = {
+        "model": LlamaForCausalLM(config),
+        "tokenizer": PreTrainedTokenizerFast(tokenizer_object=backbone, eos_token="</s>", unk_token="<unk>"),
+        "pairs": [
+            {"prompt": "say a word ", "responses": ["good", "bad"], "probs": [0.8, 0.3]},
+            {"prompt": "say another ", "responses": ["fine", "worse"], "probs": [0.6, 0.4]},
+        ]
+        * 4,
+    }
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_api_page_is_up_to_date() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "make_api.py"), "--check"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=dict(os.environ, PYTHONPATH=str(ROOT))
+    )
+    assert result.returncode == 0, result.stderr
