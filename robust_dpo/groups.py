@@ -90,7 +90,7 @@ class GroupLayout:
             if group_size < 1 or num_responses % group_size:
                 raise argument_error("group_size", f"a divisor of the {num_responses} responses", group_size)
             index = torch.arange(num_responses, device=device)
-            slots = index.view(-1, group_size)
+            slots = index.view(num_responses // group_size, group_size)
             return GroupLayout(slots, torch.ones_like(slots, dtype=torch.bool), index // group_size)
         if group_sizes.ndim != 1 or group_sizes.is_floating_point():
             raise type_error("group_sizes", "a one-dimensional integer tensor", group_sizes)

@@ -8,6 +8,11 @@ from torch import Tensor
 from robust_dpo.errors import argument_error
 
 
+def autocast_off(device: torch.device) -> torch.autocast:
+    """Context of the chunks: operators choose their dtypes themselves, and autocast would round fp32 products."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def autocast_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of autocast where it is on (float64 is left alone), otherwise the common dtype of the inputs.
 

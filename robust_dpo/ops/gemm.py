@@ -26,14 +26,21 @@ def times_weight(z: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(z, weight)
 
 
-def add_product(total: Tensor, z: Tensor, x: Tensor) -> None:
-    """Add zᵀ x to `total` [V, H], accumulated in the dtype of `total`."""
-    if total.dtype == x.dtype:
-        total.addmm_(z.t(), x)
+def add_product(total: Tensor, z: Tensor, x: Tensor, factors: Tensor) -> None:
+    """Add zᵀ (factors · x) to `total` [V, H], accumulated in the dtype of `total`."""
+    if len(x) == 0:
         return
+    column = factors[:, None]
+    if total.dtype == x.dtype:
+        total.addmm_(z.t(), x * column)
+        return
+    # Unnormalised robust weights reach e³⁰, and fp16 ends at 65,504: the largest factor waits for the wide sum.
+    largest = factors.abs().amax()
+    largest = torch.where(largest == 0, 1.0, largest)
+    rows = (x * (column / largest)).to(x.dtype)
     for start in range(0, total.shape[0], _SLAB_ROWS):
-        stop = start + _SLAB_ROWS
-        total[start:stop] += torch.mm(z[:, start:stop].t(), x)
+        slab = total[start : start + _SLAB_ROWS]
+        slab.addcmul_(torch.mm(z[:, start : start + _SLAB_ROWS].t(), rows).to(total.dtype), largest)
 
 
 def add_weighted_rows(total: Tensor, z: Tensor, factors: Tensor) -> None:

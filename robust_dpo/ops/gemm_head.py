@@ -50,7 +50,7 @@ class GemmHead(LinearHead):
             out = gradients.hidden[start : start + len(x)]
             torch.mul(gemm.times_weight(z, head.weight), column, out=out)
         if gradients.weight is not None:
-            gemm.add_product(gradients.weight, z, (x * column).to(x.dtype))
+            gemm.add_product(gradients.weight, z, x, coefficients)
         if gradients.bias is not None:
             gemm.add_weighted_rows(gradients.bias, z, coefficients)
 

@@ -219,8 +219,7 @@ class GroupedHead:
         self.engine.backward(self.head, x, self._t(start, stop), kept, rows, gradients, start)
 
     def _x(self, hidden: Tensor, start: int, stop: int) -> Tensor:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return self.rows.gather(flat, start, stop).to(self.head.weight.dtype)
+        return self.rows.gather(hidden, start, stop).to(self.head.weight.dtype)
 
     def _t(self, start: int, stop: int) -> Tensor:
         return self.rows.targets[start:stop]

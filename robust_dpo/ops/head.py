@@ -27,6 +27,14 @@ class HeadWeights:
     softcap: float | None = None
     logit_scale: float = 1.0
 
+    @staticmethod
+    def prepare(
+        weight: Tensor, dtype: torch.dtype, bias: Tensor | None, softcap: float | None, logit_scale: float
+    ) -> HeadWeights:
+        """A head with its weight in the dtype of the products, and with unit column stride, which kernels need."""
+        cast = weight.to(dtype)
+        return HeadWeights(cast if cast.stride(1) == 1 else cast.contiguous(), bias, softcap, logit_scale)
+
     @property
     def accumulation_dtype(self) -> torch.dtype:
         """float64 for a float64 head, otherwise float32."""

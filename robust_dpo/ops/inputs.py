@@ -33,6 +33,14 @@ def check_integers(name: str, value: object, device: torch.device | None = None)
     return value
 
 
+def check_sizes(name: str, value: object, device: torch.device) -> Tensor:
+    """Integers that are read on the host: on the CPU or on `device`."""
+    sizes = check_integers(name, value)
+    if sizes.device != device and sizes.device.type != "cpu":
+        raise argument_error(name, f"a tensor on {' or '.join(dict.fromkeys(('cpu', str(device))))}", sizes.device)
+    return sizes
+
+
 def check_vector(name: str, value: object, sizes: tuple[int, ...], what: str, device: torch.device) -> Tensor:
     """A floating vector whose length is one of `sizes`; `what` says in the message what the sizes are."""
     tensor = check_floating(name, value)
@@ -72,10 +80,17 @@ def check_targets(targets: object, leading: torch.Size, seq_lens: object, device
         return leading[0]
     if seq_lens is None:
         raise argument_error("seq_lens", f"the lengths [S] of the responses packed in {owner}", None)
-    lens = check_integers("seq_lens", seq_lens)
+    lens = check_sizes("seq_lens", seq_lens, device)
     if lens.ndim != 1:
         raise argument_error("seq_lens", "shape [S]", list(lens.shape))
     return lens.shape[0]
+
+
+def check_backend(backend: object) -> str:
+    """A name; whether there is such a backend, and whether it can run this, is said when it is chosen."""
+    if not isinstance(backend, str):
+        raise type_error("backend", "the name of a backend, or 'auto'", backend)
+    return backend
 
 
 def check_logit_transform(softcap: object, logit_scale: object) -> tuple[float | None, float]:
@@ -91,21 +106,35 @@ def check_tile_dtype(tile_dtype: object, dtype: torch.dtype) -> torch.dtype | No
     raise argument_error("tile_dtype", f"None, {dtype} as the inputs, or torch.float32 for half precision", tile_dtype)
 
 
-def count_groups(responses: int, group_size: object, group_sizes: object) -> int:
-    """G, from `group_size` (groups of equal size) or `group_sizes` [G].
+def check_lengths(lengths: object, responses: int, device: torch.device) -> Tensor:
+    """Tokens of each response, integers or floats."""
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (*INTEGERS, *FLOATING):
+        raise type_error("lengths", "a tensor of integers or floats", lengths)
+    if lengths.shape != (responses,):
+        raise argument_error("lengths", f"shape [{responses}], one value per response", list(lengths.shape))
+    if lengths.device != device:
+        raise argument_error("lengths", f"a tensor on {device}", lengths.device)
+    return lengths
+
+
+def count_groups(responses: int, group_size: object, group_sizes: object, device: torch.device) -> int:
+    """G ≥ 1, from `group_size` (groups of equal size) or `group_sizes` [G].
 
     Raises:
-        TypeError, ValueError: neither or both say how responses form groups, or the size divides no such number.
+        TypeError, ValueError: what says how responses form groups is no such thing, the size does not divide their
+            number, or there are none.
     """
     if group_sizes is not None:
-        sizes = check_integers("group_sizes", group_sizes)
-        if sizes.ndim != 1:
-            raise argument_error("group_sizes", "shape [G]", list(sizes.shape))
+        sizes = check_sizes("group_sizes", group_sizes, device)
+        if sizes.ndim != 1 or sizes.shape[0] == 0:
+            raise argument_error("group_sizes", "shape [G] with at least one group", list(sizes.shape))
         return sizes.shape[0]
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise type_error("group_size", "a whole number", group_size)
     if group_size < 1 or responses % group_size:
         raise argument_error("group_size", f"a divisor of the {responses} responses", group_size)
+    if responses == 0:
+        raise argument_error("group_size", "at least one group", "no responses")
     return responses // group_size
 
 

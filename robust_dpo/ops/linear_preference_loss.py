@@ -11,12 +11,12 @@ from torch import Tensor
 from robust_dpo import losses
 from robust_dpo.errors import argument_error
 from robust_dpo.ops import inputs
-from robust_dpo.ops.autocast import autocast_dtype
+from robust_dpo.ops.autocast import autocast_dtype, autocast_off
 from robust_dpo.ops.chunking import chunk_rows
 from robust_dpo.ops.grouped_head import GroupedHead, GroupedResult
 from robust_dpo.ops.head import HeadWeights
 from robust_dpo.ops.objective import encode, intern, interned
-from robust_dpo.ops.scaling import scaled
+from robust_dpo.ops.scaling import first_order, scaled
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.robust import RobustObjective
 
@@ -92,7 +92,7 @@ def linear_preference_loss(
     hidden, weight = inputs.check_head("", hidden, weight, bias)
     device = hidden.device
     responses = inputs.check_targets(targets, hidden.shape[:-1], seq_lens, device, "hidden")
-    groups = inputs.count_groups(responses, group_size, group_sizes)
+    groups = inputs.count_groups(responses, group_size, group_sizes, device)
     live_reference = _check_reference(hidden, weight, ref_logps, ref_hidden, ref_weight, ref_bias)
     inputs.check_group_vectors(responses, groups, device, ref_logps, calibration, scores, log_normalizer)
     softcap, logit_scale = inputs.check_logit_transform(softcap, logit_scale)
@@ -124,7 +124,7 @@ def linear_preference_loss(
             compute_dtype,
             tile_dtype,
             chunk_rows(weight.shape[0], tile_dtype or compute_dtype, device, chunk_bytes, rows),
-            backend,
+            inputs.check_backend(backend),
             live and hidden.requires_grad,
             live and weight.requires_grad,
             live and bias is not None and bias.requires_grad,
@@ -195,23 +195,25 @@ def _operator(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`GroupedResult`, field by field."""
-    run = GroupedHead(
-        HeadWeights(weight.to(compute_dtype), bias, softcap, logit_scale),
-        hidden,
-        targets,
-        seq_lens,
-        group_size,
-        group_sizes,
-        max_rows,
-        backend,
-        tile_dtype,
-    )
-    if ref_hidden is not None and ref_weight is not None:
-        run.set_reference(HeadWeights(ref_weight.to(compute_dtype), ref_bias, softcap, logit_scale), ref_hidden)
-    elif ref_logps is not None:
-        run.set_reference_logps(ref_logps)
-    run.set_groups(calibration, scores)
-    return run.solve(interned(objective), log_normalizer, needs_hidden, needs_weight, needs_bias)
+    with autocast_off(hidden.device):
+        run = GroupedHead(
+            HeadWeights.prepare(weight, compute_dtype, bias, softcap, logit_scale),
+            hidden,
+            targets,
+            seq_lens,
+            group_size,
+            group_sizes,
+            max_rows,
+            backend,
+            tile_dtype,
+        )
+        if ref_hidden is not None and ref_weight is not None:
+            reference = HeadWeights.prepare(ref_weight, compute_dtype, ref_bias, softcap, logit_scale)
+            run.set_reference(reference, ref_hidden)
+        elif ref_logps is not None:
+            run.set_reference_logps(ref_logps)
+        run.set_groups(calibration, scores)
+        return run.solve(interned(objective), log_normalizer, needs_hidden, needs_weight, needs_bias)
 
 
 @_operator.register_fake
@@ -267,9 +269,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
     if grad_loss is not None:
         *gradients, factor = ctx.saved_tensors
         for gradient, dtype, wanted, place in zip(gradients, ctx.dtypes, ctx.wanted, _GRADIENTS.values(), strict=True):
-            if wanted:
+            if wanted and ctx.needs_input_grad[place]:
                 result[place] = scaled(gradient, factor * grad_loss, dtype)
-    return tuple(result)
+    return first_order("linear_preference_loss", result)
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)

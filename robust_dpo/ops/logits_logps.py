@@ -25,13 +25,12 @@ def logits_logps(
     """Log-probs [S], token log-probs and entropies shaped like `targets` (entropies empty where not asked for)."""
     rows = ResponseRows.select(targets, seq_lens, logits.shape[-1])
     launch = get_row_logprob(backend, logits.device, logits.dtype)
-    flat = logits.reshape(-1, logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logps = logits.new_zeros(len(rows.lengths), dtype=dtype)
     token_logps = logits.new_zeros(rows.count, dtype=dtype)
     entropies = torch.zeros_like(token_logps)
     for start, stop in cut_rows(0, rows.count, max_rows):
-        tile = rows.gather(flat, start, stop)
+        tile = rows.gather(logits, start, stop)
         result = launch(tile, rows.targets[start:stop], softcap=softcap, logit_scale=logit_scale, entropy=entropy)
         rows.add_to_sequences(logps, result.logp, start)
         token_logps[start:stop] = result.logp
@@ -67,13 +66,13 @@ def _backward(
     """Gradient of the logits, in their dtype; zero in rows whose target is −100."""
     rows = ResponseRows.select(targets, seq_lens, logits.shape[-1])
     launch = get_row_logprob(backend, logits.device, logits.dtype)
-    flat = logits.reshape(-1, logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     coefficients = rows.coefficients(grad_logps, grad_token_logps, dtype)
     dense = rows.index is None
-    gradient = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device) if dense else torch.zeros_like(flat)
+    allocate = logits.new_empty if dense else logits.new_zeros
+    gradient = allocate((targets.numel(), logits.shape[-1]))
     for start, stop in cut_rows(0, rows.count, max_rows):
-        tile = rows.gather(flat, start, stop)
+        tile = rows.gather(logits, start, stop)
         # A gathered tile is a copy, so its gradient can take its place before it goes where it belongs.
         out = gradient[start:stop] if dense else tile
         launch(

@@ -77,9 +77,11 @@ def group_epilogue(objective: Objective, responses: Responses, layout: GroupLayo
         live = Responses(logps, responses.lengths, responses.ref_logps, responses.scores)
         group_losses = objective.loss(group_responses(live, layout))
         if not group_losses.requires_grad:
-            return group_losses, torch.zeros_like(logps)
-        (derivative,) = torch.autograd.grad(group_losses.sum(), logps)
-    return group_losses.detach(), derivative
+            derivative = torch.zeros_like(logps)
+        else:
+            # A loss may ignore the log-probs and still have a graph, of a parameter of its own.
+            (derivative,) = torch.autograd.grad(group_losses.sum(), logps, allow_unused=True, materialize_grads=True)
+    return group_losses.detach().to(logps.dtype, copy=True), derivative.detach()
 
 
 @contextmanager

@@ -51,12 +51,9 @@ def preference_loss(
     if inputs.check_floating("logps", logps).ndim != 1:
         raise argument_error("logps", "shape [S]", list(logps.shape))
     device, count = logps.device, logps.shape[0]
-    groups = inputs.count_groups(count, group_size, group_sizes)
+    groups = inputs.count_groups(count, group_size, group_sizes, device)
     inputs.check_group_vectors(count, groups, device, ref_logps, calibration, scores, log_normalizer)
-    if lengths is None:
-        lengths = torch.ones_like(logps)
-    elif not isinstance(lengths, Tensor) or lengths.shape != logps.shape:
-        raise argument_error("lengths", f"a tensor of shape [{count}], one value per response", lengths)
+    lengths = torch.ones_like(logps) if lengths is None else inputs.check_lengths(lengths, count, device)
     if not torch.compiler.is_compiling():
         inputs.check_values(ref_logps, calibration, scores)
     objective = Objective.resolve(loss, beta, loss_options, robust)

@@ -19,6 +19,7 @@ class ResponseRows:
 
     Args:
         index: [N] int64, the row in the flattened hidden states, or None where every row counts.
+        width: T of padded targets [B, T], or None for packed ones.
         targets: [N] int64 in [0, V).
         sequence: [N] int64, the response of each row, ascending.
         lengths: [S] int64, rows of each response.
@@ -26,6 +27,7 @@ class ResponseRows:
     """
 
     index: Tensor | None
+    width: int | None
     targets: Tensor
     sequence: Tensor
     lengths: Tensor
@@ -59,15 +61,25 @@ class ResponseRows:
             raise argument_error("targets", f"{IGNORE_INDEX} or a token in [0, {vocab})", int(wrong))
         lengths = torch.bincount(sequence, minlength=count)
         offsets = [0, *lengths.cumsum(0).tolist()]
-        return ResponseRows(index, flat.to(torch.int64).contiguous(), sequence, lengths, offsets)
+        width = targets.shape[1] if seq_lens is None else None
+        return ResponseRows(index, width, flat.to(torch.int64).contiguous(), sequence, lengths, offsets)
 
     @property
     def count(self) -> int:
         return self.offsets[-1]
 
-    def gather(self, flat: Tensor, start: int, stop: int) -> Tensor:
-        """Rows start … stop − 1 of a flattened tensor [rows, …]."""
-        return flat[start:stop] if self.index is None else flat[self.index[start:stop]]
+    def gather(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Rows start … stop − 1 of a tensor [B, T, …] or [N, …] of any strides, as the kernels take them.
+
+        `hidden[:, :-1]`, the usual shift, cannot be flattened without a copy of the whole, so it is indexed as it is.
+        """
+        rows = slice(start, stop) if self.index is None else self.index[start:stop]
+        if self.width is None:
+            return _unit_stride(tensor[rows])
+        if len(tensor) <= 1 or tensor.stride(0) == self.width * tensor.stride(1):
+            return _unit_stride(tensor.flatten(0, 1)[rows])
+        flat = torch.arange(start, stop, device=tensor.device) if self.index is None else self.index[start:stop]
+        return _unit_stride(tensor[flat // self.width, flat % self.width])
 
     def spread(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """[N, …] at their places in a tensor of `shape`, zeros elsewhere."""
@@ -83,7 +95,7 @@ class ResponseRows:
         if grad_sequences is not None:
             total -= grad_sequences[self.sequence]
         if grad_tokens is not None:
-            total -= self.gather(grad_tokens.reshape(-1), 0, self.count)
+            total -= self.gather(grad_tokens, 0, self.count)
         return total
 
     def add_to_sequences(self, sums: Tensor, values: Tensor, start: int) -> None:
@@ -106,6 +118,13 @@ class Chunk:
     groups: tuple[int, int]
     sequences: tuple[int, int]
     pieces: tuple[tuple[int, int], ...]
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    """Rows whose elements are adjacent and which do not overlap, as they are; others as a copy."""
+    if rows.ndim < 2 or (rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]):
+        return rows
+    return rows.contiguous()
 
 
 def cut_rows(start: int, stop: int, size: int) -> tuple[tuple[int, int], ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,15 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     keeps_graph = type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
     product = gradient * factor if keeps_graph else gradient.mul_(factor)
     return product.to(dtype)
+
+
+def first_order(operator: str, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients, and with `create_graph` a graph behind them that refuses to be differentiated.
+
+    They were made in the forward pass, so autograd would take them for constants, and a second derivative would be
+    wrong without a word.
+    """
+    if not torch.is_grad_enabled():
+        return tuple(gradients)
+    refuse = torch._C._functions.DelayedError(f"{operator}: gradients of gradients are not implemented".encode(), 1)
+    return tuple(None if each is None else refuse(each.detach().requires_grad_()) for each in gradients)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robust_dpo.errors import argument_error
 from robust_dpo.ops import inputs
-from robust_dpo.ops.autocast import autocast_dtype
+from robust_dpo.ops.autocast import autocast_dtype, autocast_off
 from robust_dpo.ops.choose_head import choose_head
 from robust_dpo.ops.chunking import chunk_rows
 from robust_dpo.ops.head import HeadGradients, HeadWeights
@@ -70,6 +70,7 @@ def sequence_logps(
     dtype = autocast_dtype(hidden, weight)
     tile_dtype = inputs.check_tile_dtype(tile_dtype, dtype)
     max_rows = chunk_rows(weight.shape[0], tile_dtype or dtype, hidden.device, chunk_bytes, targets.numel())
+    backend = inputs.check_backend(backend)
     result = _forward(
         hidden, weight, targets, seq_lens, bias, softcap, logit_scale, dtype, tile_dtype, max_rows, backend, entropy
     )
@@ -109,6 +110,7 @@ def sequence_logps_from_logits(
     inputs.check_targets(targets, logits.shape[:-1], seq_lens, logits.device, "logits")
     softcap, logit_scale = inputs.check_logit_transform(softcap, logit_scale)
     max_rows = chunk_rows(logits.shape[-1], logits.dtype, logits.device, chunk_bytes, targets.numel())
+    backend = inputs.check_backend(backend)
     result = logits_logps(logits, targets, seq_lens, softcap, logit_scale, max_rows, backend, entropy)
     return _select(result, per_token, entropy)
 
@@ -136,21 +138,21 @@ def _forward(
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [S], token log-probs and entropies shaped like `targets` (entropies empty where not asked for)."""
-    head = HeadWeights(weight.to(compute_dtype), bias, softcap, logit_scale)
+    head = HeadWeights.prepare(weight, compute_dtype, bias, softcap, logit_scale)
     rows = ResponseRows.select(targets, seq_lens, weight.shape[0])
-    flat = hidden.reshape(-1, hidden.shape[-1])
     engine = choose_head(head.weight, max_rows, backend=backend, tile_dtype=tile_dtype)
     dtype = head.accumulation_dtype
     logps = hidden.new_zeros(len(rows.lengths), dtype=dtype)
     token_logps = hidden.new_zeros(rows.count, dtype=dtype)
     entropies = torch.zeros_like(token_logps)
-    for start, stop in cut_rows(0, rows.count, max_rows):
-        x = rows.gather(flat, start, stop).to(compute_dtype)
-        result = engine.forward(head, x, rows.targets[start:stop], keep=False, entropy=entropy)
-        rows.add_to_sequences(logps, result.logp, start)
-        token_logps[start:stop] = result.logp
-        if result.entropy is not None:
-            entropies[start:stop] = result.entropy
+    with autocast_off(hidden.device):
+        for start, stop in cut_rows(0, rows.count, max_rows):
+            x = rows.gather(hidden, start, stop).to(compute_dtype)
+            result = engine.forward(head, x, rows.targets[start:stop], keep=False, entropy=entropy)
+            rows.add_to_sequences(logps, result.logp, start)
+            token_logps[start:stop] = result.logp
+            if result.entropy is not None:
+                entropies[start:stop] = result.entropy
     spread = rows.spread(entropies, targets.shape) if entropy else logps.new_empty(0)
     return logps, rows.spread(token_logps, targets.shape), spread
 
@@ -188,16 +190,16 @@ def _backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias in the accumulation dtype; empty where not needed."""
-    head = HeadWeights(weight.to(compute_dtype), bias, softcap, logit_scale)
+    head = HeadWeights.prepare(weight, compute_dtype, bias, softcap, logit_scale)
     rows = ResponseRows.select(targets, seq_lens, weight.shape[0])
-    flat = hidden.reshape(-1, hidden.shape[-1])
     gradients = HeadGradients.allocate(head, rows.count, needs_hidden, needs_weight, needs_bias)
     engine = choose_head(head.weight, max_rows, backend=backend, tile_dtype=tile_dtype)
     coefficients = rows.coefficients(grad_logps, grad_token_logps, head.accumulation_dtype)
-    for start, stop in cut_rows(0, rows.count, max_rows):
-        x, t = rows.gather(flat, start, stop).to(compute_dtype), rows.targets[start:stop]
-        kept = engine.forward(head, x, t, keep=True)
-        engine.backward(head, x, t, kept, coefficients[start:stop], gradients, start)
+    with autocast_off(hidden.device):
+        for start, stop in cut_rows(0, rows.count, max_rows):
+            x, t = rows.gather(hidden, start, stop).to(compute_dtype), rows.targets[start:stop]
+            kept = engine.forward(head, x, t, keep=True)
+            engine.backward(head, x, t, kept, coefficients[start:stop], gradients, start)
     empty = coefficients.new_empty
     return (
         empty(0) if gradients.hidden is None else rows.spread(gradients.hidden, hidden.shape),
