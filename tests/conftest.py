@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # Shared machines stall for longer than hypothesis' deadline of 200 ms; a slow example is no failure.
@@ -19,3 +21,12 @@ def shared_dir() -> Path:
     if not shared.is_dir():
         pytest.skip(f"needs the shared oracles and data in {shared}, which are not here")
     return shared
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For many tiny operators: where cores are shared, a barrier of two threads takes longer than their work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from robust_dpo import backends
 
 
 @dataclass
@@ -22,7 +26,9 @@ class Problem:
         """A copy in another dtype, as leaves with gradient for hidden, weight and bias."""
 
         def cast(value: Any) -> Any:
-            return value.detach().to(dtype).clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+            return (
+                value.detach().to(dtype).clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+            )
 
         copy = Problem(cast(self.hidden), cast(self.weight), self.targets, {k: cast(v) for k, v in self.kwargs.items()})
         for leaf in copy.leaves.values():
@@ -96,3 +102,13 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     difference = (value - reference).norm()
     scale = reference.norm()
     return float(difference if scale == 0 else difference / scale)
+
+
+def require_backend(name: str) -> None:
+    """Skip without the backend, or fail where continuous integration says that everything must be there."""
+    if name == "auto" or backends()[name].usable:
+        return
+    reason = f"backend {name} is not usable here: {backends()[name].detail}"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
