@@ -48,6 +48,8 @@ struct Float32Words {
     static __m512i load_words(const float* p, int64_t elements) {
         return _mm512_castps_si512(_mm512_maskz_loadu_ps(first_lanes(elements), p));
     }
+    // Up to 16 consecutive elements, the rest 0.
+    static __m512 load_floats(const float* p, int64_t elements) { return _mm512_maskz_loadu_ps(first_lanes(elements), p); }
     // Words of a column each: the kPerWord rows p, p + stride, … of up to 16 columns.
     static __m512i load_rows(const float* p, int64_t, int64_t columns, bool) { return load_words(p, columns); }
     // Elements of kPerWord vectors, one after the other.
@@ -67,6 +69,10 @@ struct BFloat16Words {
     static __m512i load_words(const BFloat16* p, int64_t elements) {
         const auto mask = elements >= 32 ? ~__mmask32{0} : (__mmask32{1} << std::max<int64_t>(elements, 0)) - 1;
         return _mm512_maskz_loadu_epi16(mask, p);
+    }
+    static __m512 load_floats(const BFloat16* p, int64_t elements) {
+        const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(elements), p);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     }
     static __m512i load_rows(const BFloat16* p, int64_t stride, int64_t columns, bool has_second) {
         const __mmask16 mask = first_lanes(columns);

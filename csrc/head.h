@@ -3,10 +3,10 @@
 //   z = x·Wᵀ + bias,   logits = softcap·tanh(scale·z/softcap)      (without the tanh where softcap is 0)
 //
 // The forward pass works through blocks of the vocabulary. While the sums of a microkernel are in registers they become
-// e^{logit − reference}, where `reference` belongs to one row and one block; so blocks are independent of each other, and the
-// result does not depend on the number of threads or on who did what. Where a gradient will be needed the exponentials,
-// times ∂logits/∂(scale·z), are all that is kept (the tile): the backward pass multiplies them by one factor of the row and
-// block. In bf16 they have a relative error below 2⁻⁸ whatever the size of the logit.
+// e^{logit − reference}, where `reference` belongs to one row and one block; so blocks are independent of each other, and
+// the result does not depend on the number of threads or on who did what. Where a gradient will be needed, the
+// exponentials times ∂logit/∂(scale·z) are all that is kept (the tile): the backward pass multiplies them by one factor
+// of the row and block. In bf16 they have a relative error below 2⁻⁸ whatever the size of the logit.
 //
 // Nothing here knows about torch: raw pointers, sizes and strides; the Python launcher allocates and checks.
 #pragma once

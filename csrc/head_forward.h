@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <type_traits>
 
@@ -26,7 +27,8 @@ struct alignas(64) PanelState {
     float highest[kPanel];    // of all logits so far
     float reference[kPanel];  // −inf until a logit above −inf is met
     float limit[kPanel];      // reference + kHeadSlack
-    float sum[kPanel];        // Σ e^{logit − reference}
+    float sum[kPanel];        // Σ e^{logit − reference} …
+    float lost[kPanel];       // … and what rounding took from it: a row's log-prob is near 0 where one term is nearly all
     float moment[kPanel];     // Σ e^{logit − reference}·(logit − reference)
     int32_t target[kPanel];   // relative to the block
     float target_logit[kPanel];
@@ -43,7 +45,7 @@ struct BlockSums {
     float* target_derivative;  // [rows16]
 };
 
-template <class Words, Transform kTransform, bool kEntropy, bool kTile>
+template <class Words, Transform kTransform, bool kEntropy>
 class HeadForward {
     using S = Avx512;
     using Element = typename Words::Element;
@@ -62,11 +64,12 @@ public:
                                    x.get() + p * kPanel * words_);
         });
 
-        const Scratch<float> per_block((1 + !kTile + kEntropy) * blocks_ * rows16_), per_row(2 * rows16_);
+        const Scratch<float> block_sums(blocks_ * rows16_), moments(kEntropy ? blocks_ * rows16_ : 0);
+        const Scratch<float> references(out_.tile == nullptr ? blocks_ * rows16_ : 0), per_row(2 * rows16_);
         BlockSums sums{};
-        sums.sums = per_block.get();
-        sums.references = kTile ? out_.tile->references : per_block.get() + blocks_ * rows16_;
-        sums.moments = kEntropy ? per_block.get() + (1 + !kTile) * blocks_ * rows16_ : nullptr;
+        sums.sums = block_sums.get();
+        sums.references = out_.tile == nullptr ? references.get() : out_.tile->references;
+        sums.moments = moments.get();
         sums.target_logit = per_row.get();
         sums.target_derivative = per_row.get() + rows16_;
         std::fill_n(per_row.get(), 2 * rows16_, std::numeric_limits<float>::quiet_NaN());
@@ -120,7 +123,7 @@ private:
         }
         const int64_t at = b * rows16_ + row;
         std::copy_n(state.reference, kVectors * kLanes, sums.references + at);
-        std::copy_n(state.sum, kVectors * kLanes, sums.sums + at);
+        std::transform(state.sum, state.sum + kVectors * kLanes, state.lost, sums.sums + at, std::plus<>());
         if (kEntropy) std::copy_n(state.moment, kVectors * kLanes, sums.moments + at);
     }
 
@@ -129,13 +132,13 @@ private:
                 PanelState& state) const {
         state.exceeded = false;
         std::fill_n(state.sum, kPanel, 0.0f);
+        std::fill_n(state.lost, kPanel, 0.0f);
         std::fill_n(state.moment, kPanel, 0.0f);
         const int64_t count = std::min(kVocabBlock, in_.vocab - b * kVocabBlock);
         const int64_t pieces = ceil_div(words_, kHiddenBlock), piece = ceil_div(words_, pieces);
         for (int64_t k = 0; k < words_; k += piece) {
             const int64_t steps = std::min(piece, words_ - k);
             for (int64_t s = 0; s * kStrip < count; ++s) {
-                // The sums must stay in registers; `finish`, which indexes them by variables, gets a copy in memory.
                 float* kept = spill + s * kStrip * kPanel;
                 __m512 sum[kStrip][kVectors];
                 for (int m = 0; m < kStrip; ++m)
@@ -143,60 +146,81 @@ private:
                         sum[m][v] = k == 0 ? _mm512_setzero_ps() : _mm512_load_ps(kept + (m * kVectors + v) * kLanes);
                 multiply_steps<Words, kVectors, kStrip>(weight + s * kStrip * words_ + k * kStrip,
                                                         x + k * kVectors * kLanes, steps, sum);
-                for (int m = 0; m < kStrip; ++m)
-                    for (int v = 0; v < kVectors; ++v) _mm512_store_ps(kept + (m * kVectors + v) * kLanes, sum[m][v]);
-                if (k + steps == words_) finish<kVectors>(kept, b * kVocabBlock, s, p, sums, state);
+                if (k + steps < words_) {
+                    for (int m = 0; m < kStrip; ++m)
+                        for (int v = 0; v < kVectors; ++v)
+                            _mm512_store_ps(kept + (m * kVectors + v) * kLanes, sum[m][v]);
+                } else if ((s + 1) * kStrip <= count) {
+                    finish<kVectors, true>(sum, b * kVocabBlock, s, p, sums, state);
+                } else {
+                    finish<kVectors, false>(sum, b * kVocabBlock, s, p, sums, state);
+                }
             }
         }
     }
 
-    // Logits of one strip of the vocabulary → sums, target and tile.
-    template <int kVectors>
-    void finish(const float* products, int64_t first, int64_t s, int64_t p, const BlockSums& sums,
-                PanelState& state) const {
-        const int count = static_cast<int>(std::min<int64_t>(kStrip, in_.vocab - first - s * kStrip));
+    // Logits of one strip of the vocabulary → sums, target and tile. Inlined, with unrolled loops, so that the logits never
+    // leave the registers (in memory they cost a quarter of the speed). Only the last strip can be short (not kWhole).
+    template <int kVectors, bool kWhole>
+    [[gnu::always_inline]] void finish(__m512 (&z)[kStrip][kVectors], int64_t first, int64_t s, int64_t p,
+                                       const BlockSums& sums, PanelState& state) const {
         const int64_t column = first + s * kStrip;
-        __m512 z[kStrip][kVectors], highest[kVectors];
-        for (int v = 0; v < kVectors; ++v) highest[v] = _mm512_load_ps(state.highest + v * kLanes);
-        for (int m = 0; m < count; ++m)
-            for (int v = 0; v < kVectors; ++v) {
-                z[m][v] = logit(_mm512_load_ps(products + (m * kVectors + v) * kLanes), column + m);
-                highest[v] = S::max(highest[v], z[m][v]);
-            }
+        const int count = kWhole ? kStrip : static_cast<int>(in_.vocab - column);
+#pragma GCC unroll 8
+        for (int m = 0; m < kStrip; ++m)
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v)
+                z[m][v] = kWhole || m < count ? logit(z[m][v], column + m) : S::set1(-kInfinity);
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
-            _mm512_store_ps(state.highest + v * kLanes, highest[v]);
-            const __mmask16 above = _mm512_cmp_ps_mask(highest[v], _mm512_load_ps(state.limit + v * kLanes), _CMP_GT_OQ);
+            __m512 highest = _mm512_load_ps(state.highest + v * kLanes);
+#pragma GCC unroll 8
+            
+for (int m = 0; m < kStrip; ++m) highest = S::max(highest, z[m][v]);
+            _mm512_store_ps(state.highest + v * kLanes, highest);
+            const __mmask16 above = _mm512_cmp_ps_mask(highest, _mm512_load_ps(state.limit + v * kLanes), _CMP_GT_OQ);
             if (above != 0) raise_reference(state, v, above);
             const __m512i strip = _mm512_sub_epi32(_mm512_load_si512(state.target + v * kLanes),
                                                    _mm512_set1_epi32(static_cast<int>(s) * kStrip));
             const __mmask16 here = _mm512_cmplt_epu32_mask(strip, _mm512_set1_epi32(count));
-            if (here != 0) keep_targets<kVectors>(z, v, here, strip, p, sums);
+            if (here != 0) {
+                __m512 logits[kStrip];
+#pragma GCC unroll 8
+                for (int m = 0; m < kStrip; ++m) logits[m] = z[m][v];
+                keep_targets(logits, here, strip, p * kPanel + v * kLanes, sums);
+            }
         }
+        auto* tile = out_.tile == nullptr
+                         ? nullptr
+                         : static_cast<Element*>(out_.tile->values) + (column * rows16_ + p * kPanel * kStrip);
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
             const __m512 reference = _mm512_load_ps(state.reference + v * kLanes);
             // A row that has met only −inf subtracts 0: its exponentials are 0, not NaN.
             const __m512 shift = _mm512_mask_mov_ps(
                 reference, _mm512_cmp_ps_mask(reference, S::set1(-kInfinity), _CMP_EQ_OQ), _mm512_setzero_ps());
-            __m512 total = _mm512_load_ps(state.sum + v * kLanes), moment = _mm512_load_ps(state.moment + v * kLanes);
-            for (int m = 0; m < count; ++m) {
+            __m512 total = _mm512_setzero_ps(), moment = _mm512_load_ps(state.moment + v * kLanes);
+#pragma GCC unroll 8
+            for (int m = 0; m < kStrip; ++m) {
                 const __m512 distance = S::sub(z[m][v], shift);
                 const __m512 e = exp<S>(distance);
                 total = S::add(total, e);
                 // Bounded below, so that a logit of −inf adds 0·bound and not 0·inf.
                 if (kEntropy) moment = S::fma(e, S::max(S::set1(-1000.0f), distance), moment);
-                z[m][v] = kTransform == Transform::kCapped ? S::mul(e, derivative(z[m][v])) : e;
+                if (!kWhole && m >= count) {
+                    z[m][v] = _mm512_setzero_ps();
+                } else {
+                    z[m][v] = kTransform == Transform::kCapped ? S::mul(e, derivative(z[m][v])) : e;
+                }
             }
-            _mm512_store_ps(state.sum + v * kLanes, total);
+            add_exactly(total, state.sum + v * kLanes, state.lost + v * kLanes);
             if (kEntropy) _mm512_store_ps(state.moment + v * kLanes, moment);
-        }
-        if (!kTile) return;
-        for (int m = count; m < kStrip; ++m)
-            for (int v = 0; v < kVectors; ++v) z[m][v] = _mm512_setzero_ps();
-        auto* tile = static_cast<Element*>(out_.tile->values) + (column * rows16_ + p * kPanel * kStrip);
-        for (int v = 0; v < kVectors; ++v)
+            if (tile == nullptr) continue;
+#pragma GCC unroll 8
             for (int m = 0; m < kStrip; m += Words::kPerWord)
                 _mm512_stream_si512(reinterpret_cast<__m512i*>(tile + (v * kStrip + m) * kLanes),
                                     Words::pack(z[m][v], z[m + Words::kPerWord - 1][v]));
+        }
     }
 
     __m512 logit(__m512 z, int64_t column) const {
@@ -216,7 +240,15 @@ private:
         return _mm512_fnmadd_ps(t, t, S::set1(1.0f));
     }
 
-    static void raise_reference(PanelState& state, int v, __mmask16 above) {
+    // sum + lost += x, where `lost` takes the rounding error of the addition (Knuth's two-sum).
+    static void add_exactly(__m512 x, float* sum, float* lost) {
+        const __m512 old = _mm512_load_ps(sum), total = S::add(old, x), added = S::sub(total, old);
+        const __m512 error = S::add(S::sub(old, S::sub(total, added)), S::sub(x, added));
+        _mm512_store_ps(sum, total);
+        _mm512_store_ps(lost, S::add(_mm512_load_ps(lost), error));
+    }
+
+    [[gnu::noinline]] static void raise_reference(PanelState& state, int v, __mmask16 above) {
         for (int i = v * kLanes; i < (v + 1) * kLanes; ++i, above >>= 1) {
             if ((above & 1) == 0) continue;
             if (state.reference[i] != -kInfinity) state.exceeded = true;
@@ -225,14 +257,12 @@ private:
         }
     }
 
-    template <int kVectors>
-    void keep_targets(const __m512 (&z)[kStrip][kVectors], int v, __mmask16 here, __m512i strip, int64_t p,
-                      const BlockSums& sums) const {
-        const int64_t row = p * kPanel + v * kLanes;
+    [[gnu::noinline]] void keep_targets(const __m512 (&logits)[kStrip], __mmask16 here, __m512i strip, int64_t row,
+                                        const BlockSums& sums) const {
         for (int m = 0; m < kStrip; ++m) {
             const __mmask16 hit = _mm512_mask_cmpeq_epi32_mask(here, strip, _mm512_set1_epi32(m));
-            _mm512_mask_storeu_ps(sums.target_logit + row, hit, z[m][v]);
-            _mm512_mask_storeu_ps(sums.target_derivative + row, hit, derivative(z[m][v]));
+            _mm512_mask_storeu_ps(sums.target_logit + row, hit, logits[m]);
+            _mm512_mask_storeu_ps(sums.target_derivative + row, hit, derivative(logits[m]));
         }
     }
 
@@ -261,7 +291,7 @@ private:
             out_.lse[row + i] = static_cast<float>(base + log_sum);
             out_.logp[row + i] = static_cast<float>(logp);
             if (kEntropy) out_.entropy[row + i] = static_cast<float>(log_sum - moment[i] / total[i]);
-            if (kTile) {
+            if (out_.tile != nullptr) {
                 out_.tile->target_logp[row + i] = static_cast<float>(logp);
                 out_.tile->target_derivative[row + i] = sums.target_derivative[row + i];
             }
@@ -277,16 +307,12 @@ template <class Words>
 void head_forward(const HeadInputs& in, const HeadForwardOutputs& out) {
     const auto with = [&](auto transform) {
         constexpr Transform kTransform = decltype(transform)::value;
-        if (out.entropy != nullptr) {
-            if (out.tile != nullptr) return HeadForward<Words, kTransform, true, true>(in, out).run();
-            return HeadForward<Words, kTransform, true, false>(in, out).run();
-        }
-        if (out.tile != nullptr) return HeadForward<Words, kTransform, false, true>(in, out).run();
-        return HeadForward<Words, kTransform, false, false>(in, out).run();
+        if (out.entropy != nullptr) return HeadForward<Words, kTransform, true>(in, out).run();
+        HeadForward<Words, kTransform, false>(in, out).run();
     };
     if (in.softcap != 0.0f) return with(std::integral_constant<Transform, Transform::kCapped>{});
     if (in.bias != nullptr || in.scale != 1.0f) return with(std::integral_constant<Transform, Transform::kAffine>{});
-    return with(std::integral_constant<Transform, Transform::kNone>{});
+    with(std::integral_constant<Transform, Transform::kNone>{});
 }
 
 }  // namespace
