@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from robust_dpo.data import tokenize_groups
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
-from robust_dpo.trainer.metrics import GROUP_METRICS
+from robust_dpo.trainer.metrics import GROUP_METRICS, LOGP_ACCURACIES
 
 Floats = NDArray[np.float64]
 
@@ -108,8 +108,8 @@ def evaluate_ranking(
         )
         trainer = RobustDPOTrainer(model, ref_model, args, processing_class=tokenizer)
         table = np.asarray(trainer.predict(tokenised).predictions, dtype=np.float64)
-    columns = dict(zip(("loss", "calibration", *GROUP_METRICS), table.T, strict=True))
-    values = _per_group(tokenised, columns, with_reference=ref_model is not None)
+    columns = dict(zip(("loss", "calibration", *GROUP_METRICS, *LOGP_ACCURACIES), table.T, strict=True))
+    values = _per_group(columns, with_reference=ref_model is not None)
     members: dict[str, list[int]] = defaultdict(list)
     for index, source in enumerate(sources):
         if source is not None:
@@ -127,28 +127,14 @@ def _group_sources(dataset: Dataset) -> list[str | None]:
     return [None if entry is None else entry[0] if len(set(entry)) == 1 else "mixed" for entry in column]
 
 
-def _per_group(dataset: Dataset, columns: dict[str, Floats], *, with_reference: bool) -> dict[str, Floats]:
-    chosen, rejected = columns["logps/chosen"], columns["logps/rejected"]
-    values = {"chosen_logp": chosen, "rejected_logp": rejected, "logp_accuracy": (chosen > rejected).astype(np.float64)}
+def _per_group(columns: dict[str, Floats], *, with_reference: bool) -> dict[str, Floats]:
+    """The columns of the trainer's table under the names of `Ranking`."""
+    values = {name: columns[name] for name in LOGP_ACCURACIES}
+    values |= {"chosen_logp": columns["logps/chosen"], "rejected_logp": columns["logps/rejected"]}
     if with_reference:
-        values["accuracy"] = columns["rewards/accuracies"]
-        values["margin"] = columns["rewards/margins"]
+        values |= {"accuracy": columns["rewards/accuracies"], "margin": columns["rewards/margins"]}
         values["loss"] = columns["loss"]
-        lengths = [_chosen_and_other_length(row) for row in dataset]
-        per_token = [c / n > r / m for c, r, (n, m) in zip(chosen, rejected, lengths, strict=True)]
-        values["token_logp_accuracy"] = np.asarray(per_token, dtype=np.float64)
-    else:
-        # without a reference the trainer's reward is the log-prob per token
-        values["token_logp_accuracy"] = columns["rewards/accuracies"]
     return values
-
-
-def _chosen_and_other_length(row: dict[str, Any]) -> tuple[float, float]:
-    """Tokens of the best ranked response and the mean over the others."""
-    lengths = [len(response) for response in row["response_ids"]]
-    scores = row.get("scores")
-    best = 0 if scores is None else max(range(len(lengths)), key=lambda index: scores[index])
-    return lengths[best], (sum(lengths) - lengths[best]) / (len(lengths) - 1)
 
 
 def _ranking(values: dict[str, Floats], index: NDArray[np.int64]) -> Ranking:

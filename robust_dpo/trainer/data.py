@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from robust_dpo.calibration import density_ratio
-from robust_dpo.calibration.reduce import group_calibration
+from robust_dpo.calibration.rows import calibrate_rows
 from robust_dpo.data import PreferenceCollator, load_preferences, tokenize_groups
 from robust_dpo.errors import DataError, argument_error, type_error
 from robust_dpo.trainer.config import RobustDPOConfig
@@ -77,7 +74,7 @@ class RowPreparation:
 
     def _calibration(self, dataset: Dataset, argument: str) -> list[float]:
         """The calibration of every group from the `probs` of its responses."""
-        probs = dataset["probs"][:] if "probs" in dataset.column_names else [None] * len(dataset)
+        probs: list[Any] = dataset["probs"][:] if "probs" in dataset.column_names else [None] * len(dataset)
         missing = sum(row is None for row in probs)
         if missing:
             raise DataError(
@@ -86,18 +83,11 @@ class RowPreparation:
                 'calibrate` (or robust_dpo.calibration), or use mode="dro" or "erm", which need none.'
             )
         scores = dataset["scores"][:] if "scores" in dataset.column_names else [None] * len(dataset)
-        by_size: dict[int, list[int]] = defaultdict(list)
-        for index, row in enumerate(probs):
-            by_size[len(row)].append(index)
-        calibration = [0.0] * len(probs)
-        for size, members in by_size.items():
-            values = torch.tensor([probs[index] for index in members], dtype=torch.float64)
-            # Best first by position where there are no scores.
-            by_position = [-float(position) for position in range(size)]
-            quality = torch.tensor([scores[index] or by_position for index in members], dtype=torch.float64)
-            ratios = density_ratio(values, form=self.args.calibration_form, **self.args.options("calibration_options"))
-            ranked = ratios.gather(1, quality.argsort(dim=1, descending=True, stable=True))
-            groups = group_calibration(ranked, self.args.calibration_reduce)
-            for index, value in zip(members, groups.tolist(), strict=True):
-                calibration[index] = value
-        return calibration
+        _, groups = calibrate_rows(
+            probs,
+            scores,
+            form=self.args.calibration_form,
+            reduce=self.args.calibration_reduce,
+            **self.args.options("calibration_options"),
+        )
+        return groups

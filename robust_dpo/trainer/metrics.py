@@ -20,6 +20,8 @@ GROUP_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
+# Columns of `logp_accuracies`, in order.
+LOGP_ACCURACIES = ("logp_accuracy", "token_logp_accuracy")
 
 
 def group_metrics(groups: Groups, beta: float) -> Tensor:
@@ -30,27 +32,36 @@ def group_metrics(groups: Groups, beta: float) -> Tensor:
     The accuracy of a group is the share of the other responses that have a lower reward than the chosen one.
     """
     rewards = beta * (groups.mean_logps if groups.ref_logps is None else groups.log_ratios)
-    best = groups.order[:, :1]
-    others = groups.mask.scatter(1, best, False)
-    count = others.sum(1)
-
-    def chosen(values: Tensor) -> Tensor:
-        return values.gather(1, best).squeeze(1)
-
-    def rejected(values: Tensor) -> Tensor:
-        return values.masked_fill(~others, 0).sum(1) / count
-
-    reward_chosen, reward_rejected = chosen(rewards), rejected(rewards)
-    beaten = rejected((reward_chosen[:, None] > rewards).to(rewards.dtype))
+    reward_chosen, reward_rejected = _chosen_and_rejected(groups, rewards)
     columns = [
         reward_chosen,
         reward_rejected,
-        beaten,
+        _accuracy(groups, rewards),
         reward_chosen - reward_rejected,
-        chosen(groups.logps),
-        rejected(groups.logps),
+        *_chosen_and_rejected(groups, groups.logps),
     ]
     return torch.stack(columns, dim=1)
+
+
+def logp_accuracies(groups: Groups) -> Tensor:
+    """[G, 2] float, one column per name in LOGP_ACCURACIES.
+
+    The accuracy of a group as in `group_metrics`, by log-prob and by log-prob per token instead of by reward.
+    """
+    return torch.stack([_accuracy(groups, groups.logps), _accuracy(groups, groups.mean_logps)], dim=1)
+
+
+def _chosen_and_rejected(groups: Groups, values: Tensor) -> tuple[Tensor, Tensor]:
+    """[G] the value of the best ranked response, and [G] the mean over the others, of values [G, K]."""
+    best = groups.order[:, :1]
+    others = groups.mask.scatter(1, best, False)
+    return values.gather(1, best).squeeze(1), values.masked_fill(~others, 0).sum(1) / others.sum(1)
+
+
+def _accuracy(groups: Groups, values: Tensor) -> Tensor:
+    """[G] the share of the other responses whose value is below that of the best ranked one."""
+    chosen, _ = _chosen_and_rejected(groups, values)
+    return _chosen_and_rejected(groups, (chosen[:, None] > values).to(values.dtype))[1]
 
 
 def robust_metrics(weights: Tensor, ess: Tensor, parameter: Tensor | None) -> dict[str, Tensor]:

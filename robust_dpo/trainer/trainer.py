@@ -27,7 +27,7 @@ from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.data import RowPreparation, Rows
 from robust_dpo.trainer.dropout import disable_dropout
 from robust_dpo.trainer.head import LogitTransform
-from robust_dpo.trainer.metrics import GROUP_METRICS, RunningMeans, group_metrics, robust_metrics
+from robust_dpo.trainer.metrics import GROUP_METRICS, RunningMeans, group_metrics, logp_accuracies, robust_metrics
 from robust_dpo.trainer.models import add_adapter, load_model, load_tokenizer
 from robust_dpo.trainer.nonfinite import NonFiniteGuard
 from robust_dpo.trainer.precompute import has_ref_logps, with_ref_logps
@@ -132,6 +132,8 @@ class RobustDPOTrainer(Trainer):
             check = HeadCheck(None, LogitTransform(), "torch_compile compiles the model's own head")
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
             check = HeadCheck(None, LogitTransform(), "FSDP and DeepSpeed shard its weight")
+        elif self.args.n_gpu > 1:
+            check = HeadCheck(None, LogitTransform(), "DataParallel runs copies of it; start with torchrun to fuse it")
         else:
             check = check_head(model)
         if check.head is None:
@@ -234,7 +236,7 @@ class RobustDPOTrainer(Trainer):
         """The loss of a micro-batch, and with `return_outputs` the PreferenceOutput it is part of."""
         output = self.preference_output(model, inputs)
         if model.training:
-            metrics = self._group_metrics(output, inputs).mean(0)
+            metrics = group_metrics(_groups(output, inputs), self._reward_beta).mean(0)
             self._means.add(dict(zip(GROUP_METRICS, metrics, strict=True)), weight=len(output.group_losses))
             self._means.add(robust_metrics(output.weights, output.ess, self._lambda(output)))
             self._guard.watch(output.loss, output.group_losses, inputs["ids"])
@@ -256,13 +258,15 @@ class RobustDPOTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, None]:
-        """Loss, and per group: its loss, its calibration and GROUP_METRICS, [G, 8] float64."""
+        """Loss, and per group: its loss, its calibration, GROUP_METRICS and LOGP_ACCURACIES, [G, 10] float64."""
         batch = self._prepare_inputs(inputs)
         with torch.no_grad():
             output = self.preference_output(model, batch)
         calibration = batch["calibration"] if self.args.calibrated else torch.ones_like(output.group_losses)
         own = torch.stack([output.group_losses, calibration], dim=1)
-        return output.loss.detach(), torch.cat([own, self._group_metrics(output, batch)], dim=1).double(), None
+        groups = _groups(output, batch)
+        columns = [own, group_metrics(groups, self._reward_beta), logp_accuracies(groups)]
+        return output.loss.detach(), torch.cat(columns, dim=1).double(), None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in transformers, with the metrics of GROUP_METRICS and the objective over the whole data set.
@@ -276,20 +280,11 @@ class RobustDPOTrainer(Trainer):
         solution = self.objective.solve(table[:, 0], table[:, 1] if self.args.calibrated else None)
         metrics = {
             "loss": solution.value,
-            **dict(zip(GROUP_METRICS, table[:, 2:].mean(0), strict=True)),
+            **dict(zip(GROUP_METRICS, table[:, 2 : 2 + len(GROUP_METRICS)].mean(0), strict=True)),
             **robust_metrics(solution.weights, solution.ess, self._lambda(solution)),
         }
         result.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()})
         return result
-
-    def _group_metrics(self, output: PreferenceOutput, batch: Batch) -> Tensor:
-        layout = GroupLayout.build(len(output.logps), 1, batch["group_sizes"], output.logps.device)
-        optional = {
-            name: None if values is None else layout.pad(values)
-            for name, values in (("ref_logps", output.ref_logps), ("scores", batch.get("scores")))
-        }
-        lengths = layout.pad(response_lengths(batch).to(output.logps.dtype), fill=1.0)
-        return group_metrics(Groups(layout.pad(output.logps), lengths, layout.mask, **optional), self._reward_beta)
 
     def _lambda(self, solved: PreferenceOutput | Solution) -> Tensor | None:
         return solved.parameter if self.args.weighs_groups else None
@@ -314,6 +309,17 @@ class RobustDPOTrainer(Trainer):
         if self._reference_fingerprint is not None:
             checkpoint.check_reference(Path(resume_from_checkpoint), self._reference_fingerprint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _groups(output: PreferenceOutput, batch: Batch) -> Groups:
+    """What the metrics see of a batch: the responses of each group with their detached log-probs."""
+    layout = GroupLayout.build(len(output.logps), 1, batch["group_sizes"], output.logps.device)
+    optional = {
+        name: None if values is None else layout.pad(values)
+        for name, values in (("ref_logps", output.ref_logps), ("scores", batch.get("scores")))
+    }
+    lengths = layout.pad(response_lengths(batch).to(output.logps.dtype), fill=1.0)
+    return Groups(layout.pad(output.logps), lengths, layout.mask, **optional)
 
 
 def _values(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset | None]:
