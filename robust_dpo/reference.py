@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: slow, literal, differentiable by autograd. Run it in float64; it is the specification.
+"""The operators in plain PyTorch: slow, literal, differentiable by autograd. In float64 it is the specification.
 
 Every kernel and every fast path is tested against this file. It holds whole logits and normalises once over the batch.
 """
@@ -31,7 +31,7 @@ def transformed_logits(
 
 
 def cap(logits: Tensor, softcap: float | None) -> Tensor:
-    """softcap · tanh(logits / softcap), or the logits themselves."""
+    """Logits bounded to softcap · tanh(logits / softcap), or the logits themselves."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -115,12 +115,12 @@ def _(robust: KLRobust, losses: Tensor, calibration: Tensor) -> Tensor:
 
 
 def log_mean_exp(values: Tensor) -> Tensor:
-    """log of the mean of e^values."""
+    """The log of the mean of e^values."""
     return values.logsumexp(0) - math.log(len(values))
 
 
 def _best_lambda(values: Tensor, radius: float) -> float:
-    """argmin over λ > 0 of the convex λρ + λ log mean e^{v/λ}, by bisection on KL(q_λ ‖ 1/G) = ρ, which falls with λ."""
+    """The λ > 0 of least λρ + λ log mean e^{v/λ}, convex: bisection on KL(q_λ ‖ 1/G) = ρ, which falls with λ."""
     low, high = 1e-9, 1e9
     for _ in range(400):
         middle = math.sqrt(low * high)
