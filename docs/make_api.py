@@ -18,7 +18,16 @@ SECTIONS = {
     "Losses": ("robust_dpo.losses", ["Groups", "register_loss", "available_losses", "resolve", "BoundLoss"]),
     "Robust aggregations": (
         "robust_dpo.robust",
-        ["KLRobust", "DrDPO", "Mean", "RobustObjective", "ExponentialTilt", "Solution", "from_mode", "register_objective"],
+        [
+            "KLRobust",
+            "DrDPO",
+            "Mean",
+            "RobustObjective",
+            "ExponentialTilt",
+            "Solution",
+            "from_mode",
+            "register_objective",
+        ],
     ),
     "Calibration": (
         "robust_dpo.calibration",
@@ -82,5 +91,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where the page is out of date, write nothing")
     if parser.parse_args().check:
-        sys.exit(0 if PAGE.read_text(encoding="utf-8") == page() else "docs/api.md is out of date: run docs/make_api.py")
+        sys.exit(0 if PAGE.read_text(encoding="utf-8") == page() else "docs/api.md: out of date, run docs/make_api.py")
     PAGE.write_text(page(), encoding="utf-8")
