@@ -41,7 +41,8 @@ class RowPreparation:
 
         Raises:
             TypeError: the rows are a stream.
-            DataError: a row cannot be used, or has no `probs` although the mode is a calibrated one.
+            DataError: a row cannot be used, or has no `probs` although the mode is a calibrated one, or no `scores`
+                although the loss reads their values.
         """
         if isinstance(rows, IterableDataset | IterableDatasetDict):
             raise type_error(argument, "a data set of known length, not a stream", rows)
@@ -55,6 +56,8 @@ class RowPreparation:
             dataset = Dataset.from_list(rows) if tokenised else self._tokenise(rows)
         if len(dataset) == 0:
             raise argument_error(argument, "at least one row", "none")
+        if self.args.bound_loss().needs_scores:
+            self._require_scores(dataset, argument)
         if "id" not in dataset.column_names:
             dataset = dataset.add_column("id", [str(index) for index in range(len(dataset))])
         if self.args.calibrated and "calibration" not in dataset.column_names:
@@ -71,6 +74,16 @@ class RowPreparation:
             truncation=self.args.truncation_mode,
             on_bad_row=self.args.on_bad_row,
         )
+
+    def _require_scores(self, dataset: Dataset, argument: str) -> None:
+        """Refuse rows whose scores the collator would have to make up from the order of the responses."""
+        scores: list[Any] = dataset["scores"][:] if "scores" in dataset.column_names else [None] * len(dataset)
+        missing = sum(row is None for row in scores)
+        if missing:
+            raise DataError(
+                f"{argument}: loss_type={self.args.loss_type!r} reads the values of the scores, but {missing} of "
+                f"{len(scores)} rows have no `scores`. Add them, or use a loss that only ranks the responses."
+            )
 
     def _calibration(self, dataset: Dataset, argument: str) -> list[float]:
         """The calibration of every group from the `probs` of its responses."""

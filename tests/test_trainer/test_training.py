@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from robust_dpo.errors import DataError
 from robust_dpo.trainer.nonfinite import NonFiniteLossError
 
 TRL_NAMES = ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"]
@@ -347,3 +348,15 @@ def test_same_object_as_reference_is_refused(make_trainer: Callable[..., Any], b
     model = build_model()
     with pytest.raises(ValueError, match="ref_model: expected another object than model"):
         make_trainer(model, ref_model=model)
+
+
+@pytest.mark.parametrize("kept", [0, 5], ids=["in no row", "in some rows"])
+def test_a_loss_that_reads_scores_refuses_rows_without(
+    kept: int, make_trainer: Callable[..., Any], build_rows: Callable[..., Any]
+) -> None:
+    rows = build_rows(12, size=3, scores=lambda rng: rng.random())
+    for row in rows[kept:]:
+        del row["scores"]
+    expected = rf"train_dataset: loss_type='lire' reads the values of the scores, but {12 - kept} of 12 rows have no"
+    with pytest.raises(DataError, match=expected):
+        make_trainer(loss_type="lire", train_dataset=rows)
