@@ -166,8 +166,11 @@ def test_sequence_logps_from_logits() -> None:
     agree(function, [logits], {}, backend="aot_eager")
 
 
-@pytest.mark.parametrize("robust", ["mean", "kl", KLRobust(lam=0.5)], ids=["mean", "kl", "object"])
-@pytest.mark.parametrize("loss", ["sigmoid", "plackett_luce", softplus_loss], ids=["sigmoid", "listwise", "users"])
+@pytest.mark.parametrize(
+    ("loss", "robust"),
+    [("sigmoid", "mean"), ("plackett_luce", KLRobust(lam=0.5)), (softplus_loss, "kl")],
+    ids=["built_in-default", "listwise-object", "users-name"],
+)
 def test_preference_loss(loss: Any, robust: Any) -> None:
     logps, ref_logps, calibration = torch.randn(6, requires_grad=True), torch.randn(6), torch.rand(3)
 

@@ -89,7 +89,7 @@ def test_error_budget(vocab: int, dtype: torch.dtype, tile: str, backend: str) -
     tile_dtype = {"default": None, "own": dtype, "float32": torch.float32}[tile]
     sizes = [2, 2, 3, 2, 2, 4]
     problems = [
-        make_problem(sizes, vocab=vocab, width=48, longest=24, bias=True, calibration=True).to(dtype) for _ in range(6)
+        make_problem(sizes, vocab=vocab, width=48, longest=24, bias=True, calibration=True).to(dtype) for _ in range(5)
     ]
     options = {"loss": "ipo", "beta": 0.5, "robust": KLRobust(lam=2.0)}
     assert_within_budget(problems, options, tile_dtype=tile_dtype, backend=backend)
