@@ -22,7 +22,7 @@ class PreferenceOutput:
         weights: [G] q, the robust weights, of sum 1 over the batch that was normalised.
         ess: [] effective sample size 1/Σq².
         parameter: [] robustness in force (λ of the KL objectives; infinite for the mean).
-        log_partition: [] log Σ e^s over the groups of this call, for normalising over several calls.
+        log_partition: [] float64, log Σ e^s over the groups of this call, for normalising over several calls.
     """
 
     loss: Tensor

@@ -85,6 +85,17 @@ def group_epilogue(
     return loss(groups)
 
 
+def calibration_weights(prob: Tensor, form: str, alpha: float = 0.5, beta: float = 0.5, gamma: float = 1.0) -> Tensor:
+    """Classifier probabilities of any shape → h, for one source of share β beside the target's α (formulas: DoRA)."""
+    if form == "paper":
+        return (gamma * prob / (alpha * (1 - prob) + 0.5) + gamma * prob / (beta * (1 - prob) + 0.5)) / 2
+    if form == "mixture":
+        return 1 / (alpha + beta * (1 - prob) / (gamma * prob))
+    if form == "official":
+        return 1 / (alpha + beta * (1 - prob) / prob)
+    raise ValueError(f"form: expected paper, mixture or official, got {form!r}")
+
+
 @singledispatch
 def aggregate(robust: RobustObjective, losses: Tensor, calibration: Tensor) -> Tensor:
     """Group losses [G] and calibration [G] → the objective []; autograd goes through the closed form."""

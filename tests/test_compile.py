@@ -18,7 +18,7 @@ from robust_dpo import (
     sequence_logps,
     sequence_logps_from_logits,
 )
-from robust_dpo.ops.objective import intern
+from robust_dpo.ops.objective import name_objective
 from robust_dpo.robust import Mean, RobustObjective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def head_arguments(problem: Problem, objective: str, **changes: Any) -> tuple[An
 @pytest.mark.parametrize("robust", [Mean(), KLRobust(radius=0.1)], ids=["one_pass", "two_passes"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_opcheck_linear_preference_loss(packed: bool, robust: RobustObjective, dtype: torch.dtype) -> None:
-    objective = intern("sigmoid", None, (), (), robust)
+    objective = name_objective("sigmoid", None, {}, robust)
     live = make_problem([2, 3, 2], packed=packed, bias=True, calibration=True).to(dtype)
     # A backward pass that frees its graph scales the gradients of the one pass where they lie, and the last check
     # compares the operator's outputs, which nobody but opcheck holds, after it. The compiled tests below stand in.
@@ -112,6 +112,27 @@ def agree(function: Callable[..., Tensor], leaves: list[Tensor], *calls: dict[st
         one, two = (torch.autograd.grad(loss, leaves) for loss in (fast, eager))
         for left, right in zip(one, two, strict=True):
             assert relative_error(left, right) < 1e-5
+
+
+def scaled_loss(factor: float) -> Callable[[Groups], Tensor]:
+    """Losses that share their code and differ in what they close over."""
+    return lambda groups: factor * groups.log_ratios[:, 1]
+
+
+@pytest.mark.parametrize("operator", ["head", "vectors"])
+def test_functions_of_the_same_code_are_told_apart(operator: str) -> None:
+    problem = make_problem([2, 2], reference="cached").to(torch.float64)
+    logps = -torch.rand(4, dtype=torch.float64)
+
+    def value(loss: Callable[[Groups], Tensor]) -> Tensor:
+        if operator == "head":
+            return linear_preference_loss(*problem.args, loss=loss, **problem.kwargs | {"group_sizes": None}).loss
+        return preference_loss(logps, problem.kwargs["ref_logps"], loss=loss).loss
+
+    compiled = torch.compile(value, fullgraph=True, backend="eager")
+    for factor in (1.0, 2.0, -3.0):
+        loss = scaled_loss(factor)
+        assert relative_error(compiled(loss), value(loss)) < 1e-12
 
 
 BETAS = [{"beta": beta} for beta in (0.1, 0.2, 0.35, 0.5)]

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robust_dpo import reference
 from robust_dpo.calibration import density_ratio
 
 FORMS = ("paper", "mixture", "official")
@@ -20,6 +21,15 @@ def test_defaults_for_one_probability_per_response():
     torch.testing.assert_close(density_ratio(c), 2 * c / (2 - c))
     torch.testing.assert_close(density_ratio(c, "mixture"), 2 * c)
     torch.testing.assert_close(density_ratio(c, "official"), 2 * c)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_matches_the_specification(form: str):
+    c, alpha = torch.rand(5, 2, dtype=torch.float64), 0.3
+    torch.testing.assert_close(
+        density_ratio(c, form, alpha=alpha, betas=[0.7] if form != "official" else [0.7, 0.7]),
+        reference.calibration_weights(c, form, alpha, 0.7),
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 5), (0,)], ids=str)

@@ -14,7 +14,7 @@ from robust_dpo.kernels.row_logprob import RowLogprob
 from robust_dpo.ops import inputs
 from robust_dpo.ops.choose_head import choose_head
 from robust_dpo.ops.head import HeadGradients, HeadWeights, LinearHead
-from robust_dpo.ops.objective import Objective, Responses, group_epilogue
+from robust_dpo.ops.objective import Objective, Responses, exact_dtype, group_epilogue
 from robust_dpo.ops.rows import Chunk, ResponseRows, cut_groups
 from robust_dpo.robust import ExponentialTilt
 
@@ -127,14 +127,14 @@ class GroupedHead:
         factor = self.logps.new_ones(())
         if gradients.wanted and robust.single_pass and isinstance(robust, ExponentialTilt):
             group_losses, shift = self._accumulate(objective, robust, gradients)
-            solution = robust.solve(group_losses, self.calibration, log_normalizer)
+            solution = objective.solve(group_losses, self.calibration, log_normalizer)
             normalizer = solution.log_partition if log_normalizer is None else log_normalizer
             factor = (shift - normalizer).exp().to(factor.dtype)
         else:
             for chunk in self.chunks:
                 self._log_probs(chunk, keep=False)
             group_losses, derivative = group_epilogue(objective, self._responses(), self.layout)
-            solution = robust.solve(group_losses, self.calibration, log_normalizer)
+            solution = objective.solve(group_losses, self.calibration, log_normalizer)
             if gradients.wanted:
                 coefficients = solution.coefficients[self.layout.group_of] * derivative
                 for chunk in self.chunks:
@@ -164,6 +164,8 @@ class GroupedHead:
         """
         group_losses = self.logps.new_empty(self.layout.num_groups)
         factors = tilt.factor(self.calibration, group_losses)
+        exact = exact_dtype(group_losses.device)
+        calibration = None if self.calibration is None else self.calibration.to(exact)
         shift: float | None = None
         for chunk in self.chunks:
             kept = self._log_probs(chunk, keep=len(chunk.pieces) == 1)
@@ -171,21 +173,21 @@ class GroupedHead:
             layout = self.layout.part(*chunk.groups, *chunk.sequences)
             losses, derivative = group_epilogue(objective, self._responses().part(sequences), layout)
             group_losses[groups] = losses
-            scores = tilt.tilt(losses, None if self.calibration is None else self.calibration[groups])
+            scores = tilt.tilt(losses.to(exact), None if calibration is None else calibration[groups])
             highest = float(scores.max())
             if shift is None:
                 shift = highest
             elif highest > shift + _HEADROOM:
                 gradients.scale_(math.exp(shift - highest))
                 shift = highest
-            weights = (scores - shift).exp() * factors[groups]
+            weights = (scores - shift).exp().to(factors.dtype) * factors[groups]
             coefficients = torch.zeros_like(self.logps)
             coefficients[sequences] = weights[layout.group_of] * derivative
             if kept is None:
                 self._second_look(chunk, coefficients, gradients)
             else:
                 self._backward(chunk.pieces[0], kept, coefficients, gradients)
-        return group_losses, self.logps.new_tensor(shift or 0.0)
+        return group_losses, self.logps.new_tensor(shift or 0.0, dtype=exact)
 
     def _responses(self) -> Responses:
         return Responses(self.logps, self.rows.lengths, self.ref_logps, self.scores)

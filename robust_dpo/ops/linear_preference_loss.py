@@ -15,7 +15,7 @@ from robust_dpo.ops.autocast import autocast_dtype, autocast_off
 from robust_dpo.ops.chunking import chunk_rows
 from robust_dpo.ops.grouped_head import GroupedHead, GroupedResult
 from robust_dpo.ops.head import HeadWeights
-from robust_dpo.ops.objective import encode, intern, interned
+from robust_dpo.ops.objective import exact_dtype, forget, name_objective, named, refuse_parameters
 from robust_dpo.ops.scaling import first_order, scaled
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.robust import RobustObjective
@@ -98,38 +98,41 @@ def linear_preference_loss(
     softcap, logit_scale = inputs.check_logit_transform(softcap, logit_scale)
     compute_dtype = autocast_dtype(hidden, weight)
     tile_dtype = inputs.check_tile_dtype(tile_dtype, compute_dtype)
-    names = tuple(loss_options)
-    key = intern(loss, encode(beta), names, tuple(encode(loss_options[name]) for name in names), robust)
+    refuse_parameters(loss)
+    objective = name_objective(loss, beta, loss_options, robust)
     rows = hidden.shape[0] * (hidden.shape[1] if hidden.ndim == 3 else 1)
     live = torch.is_grad_enabled()
-    result = GroupedResult(
-        *_operator(
-            hidden,
-            weight,
-            targets,
-            seq_lens,
-            None if group_sizes is not None else group_size,
-            group_sizes,
-            bias,
-            ref_logps,
-            ref_hidden,
-            ref_weight,
-            ref_bias,
-            calibration,
-            scores,
-            log_normalizer,
-            key,
-            softcap,
-            logit_scale,
-            compute_dtype,
-            tile_dtype,
-            chunk_rows(weight.shape[0], tile_dtype or compute_dtype, device, chunk_bytes, rows),
-            inputs.check_backend(backend),
-            live and hidden.requires_grad,
-            live and weight.requires_grad,
-            live and bias is not None and bias.requires_grad,
+    try:
+        result = GroupedResult(
+            *_operator(
+                hidden,
+                weight,
+                targets,
+                seq_lens,
+                None if group_sizes is not None else group_size,
+                group_sizes,
+                bias,
+                ref_logps,
+                ref_hidden,
+                ref_weight,
+                ref_bias,
+                calibration,
+                scores,
+                log_normalizer,
+                objective,
+                softcap,
+                logit_scale,
+                compute_dtype,
+                tile_dtype,
+                chunk_rows(weight.shape[0], tile_dtype or compute_dtype, device, chunk_bytes, rows),
+                inputs.check_backend(backend),
+                live and hidden.requires_grad,
+                live and weight.requires_grad,
+                live and bias is not None and bias.requires_grad,
+            )
         )
-    )
+    finally:
+        forget(objective)
     has_reference = live_reference or ref_logps is not None
     return PreferenceOutput(
         loss=result.loss,
@@ -213,7 +216,7 @@ def _operator(
         elif ref_logps is not None:
             run.set_reference_logps(ref_logps)
         run.set_groups(calibration, scores)
-        return run.solve(interned(objective), log_normalizer, needs_hidden, needs_weight, needs_bias)
+        return run.solve(named(objective), log_normalizer, needs_hidden, needs_weight, needs_bias)
 
 
 @_operator.register_fake
@@ -244,7 +247,7 @@ def _fake(
         group_losses=empty(groups),
         weights=empty(groups),
         parameter=empty(),
-        log_partition=empty(),
+        log_partition=hidden.new_empty((), dtype=exact_dtype(hidden.device)),
         grad_hidden=empty(*hidden.shape) if needs_hidden else empty(0),
         grad_weight=empty(*weight.shape) if needs_weight else empty(0),
         grad_bias=empty(weight.shape[0]) if needs_bias else empty(0),

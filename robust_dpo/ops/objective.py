@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_dpo import losses
+from robust_dpo.errors import argument_error
 from robust_dpo.groups import GroupLayout, Groups
-from robust_dpo.robust import RobustObjective
+from robust_dpo.robust import RobustObjective, Solution
 from robust_dpo.robust import resolve as resolve_robust
 
 Loss = str | Callable[..., Tensor] | losses.BoundLoss
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """What scores and normalisers are computed in: e^s loses digits where s = hℓ/λ is large in fp32."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,19 @@ class Objective:
     @property
     def key(self) -> str:
         return f"{self.loss.key}|{self.robust.key}"
+
+    def solve(self, group_losses: Tensor, calibration: Tensor | None, log_normalizer: Tensor | None) -> Solution:
+        """The aggregation of group losses [G], computed in float64 and given in their dtype, but for `log_partition`."""
+        exact, dtype = exact_dtype(group_losses.device), group_losses.dtype
+        wide = None if calibration is None else calibration.to(exact)
+        solution = self.robust.solve(group_losses.detach().to(exact), wide, log_normalizer)
+        return Solution(
+            value=solution.value.to(dtype),
+            weights=solution.weights.to(dtype),
+            coefficients=solution.coefficients.to(dtype),
+            parameter=solution.parameter.to(dtype),
+            log_partition=solution.log_partition,
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,7 @@ def group_responses(responses: Responses, layout: GroupLayout) -> Groups:
         lengths=layout.pad(responses.lengths.to(dtype).clamp(min=1), fill=1.0),
         mask=layout.mask,
         ref_logps=None if responses.ref_logps is None else layout.pad(responses.ref_logps.to(dtype)),
-        scores=None if responses.scores is None else layout.pad(responses.scores.to(dtype)),
+        scores=None if responses.scores is None else layout.pad(responses.scores),
     )
 
 
@@ -94,32 +114,69 @@ def _autograd_inside_operator() -> Iterator[None]:
         yield
 
 
-# Custom ops take tensors, numbers and strings, so an objective travels into them by name. Built-in losses repeat their
-# keys; a user's function is kept alive here, so that its identity stays its own.
-_INTERNED: dict[str, Objective] = {}
+# Custom ops take tensors, numbers and strings, so an objective travels into them by name. An entry lives for one call;
+# those of compiled graphs, which call again and again with the key that they were traced with, stay.
+_NAMED: dict[str, Objective] = {}
+_CALLS = itertools.count()
+
+
+def name_objective(
+    loss: Loss, beta: float | None, options: Mapping[str, Any], aggregation: str | RobustObjective
+) -> str:
+    """Check an objective and give it the name that `named` knows it by, until `forget`."""
+    if torch.compiler.is_compiling():
+        names = tuple(options)
+        # The identity is a guard: functions that differ only in what they close over share their code.
+        identity = id(loss) if callable(loss) else 0
+        return _name_for_graph(
+            loss, identity, _encode(beta), names, tuple(_encode(options[n]) for n in names), aggregation
+        )
+    objective = Objective.resolve(loss, beta, options, aggregation)
+    name = f"{objective.key}#{next(_CALLS)}"
+    _NAMED[name] = objective
+    return name
+
+
+def named(name: str) -> Objective:
+    """The objective of that name."""
+    return _NAMED[name]
+
+
+def forget(name: str) -> None:
+    """Let go of an objective after its call; compiled graphs keep theirs."""
+    if not torch.compiler.is_compiling():
+        del _NAMED[name]
+
+
+def refuse_parameters(loss: Loss) -> None:
+    """A loss with parameters to train needs autograd all the way, which the fused operator does not give it."""
+    if isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):
+        expected = "a loss without trainable parameters; preference_loss(sequence_logps(...)) trains them"
+        raise argument_error("loss", expected, type(loss).__name__)
 
 
 @torch._dynamo.assume_constant_result
-def intern(
-    loss: Loss, beta: Any, names: tuple[str, ...], values: tuple[Any, ...], aggregation: str | RobustObjective
+def _name_for_graph(
+    loss: Loss,
+    identity: int,
+    beta: Any,
+    names: tuple[str, ...],
+    values: tuple[Any, ...],
+    aggregation: str | RobustObjective,
 ) -> str:
-    """Check an objective, remember it, and give the key to find it by.
+    """The same while torch.compile traces, which takes the result for a constant.
 
-    Evaluated once while torch.compile traces, so numbers come in as `encode` writes them: torch.compile makes
-    symbols of floats that change, and a constant cannot be taken from a symbol.
+    Numbers come in as `_encode` writes them: torch.compile makes symbols of floats that change, and a constant cannot be
+    taken from a symbol.
     """
     options = {name: _decode(value) for name, value in zip(names, values, strict=True)}
     objective = Objective.resolve(loss, _decode(beta), options, aggregation)
-    _INTERNED.setdefault(objective.key, objective)
+    # A user's function is kept alive here, so that its identity stays its own.
+    _NAMED.setdefault(objective.key, objective)
     return objective.key
 
 
-def interned(key: str) -> Objective:
-    """The objective of a key that `intern` gave."""
-    return _INTERNED[key]
-
-
-def encode(value: Any) -> Any:
+def _encode(value: Any) -> Any:
     """A number as `("float", hex)`, which torch.compile keeps a constant; anything else as it is."""
     return ("float", value.hex()) if isinstance(value, float) else value
 

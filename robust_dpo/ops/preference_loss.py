@@ -12,7 +12,7 @@ from robust_dpo import losses
 from robust_dpo.errors import argument_error
 from robust_dpo.groups import GroupLayout
 from robust_dpo.ops import inputs
-from robust_dpo.ops.objective import Responses, encode, group_responses, intern, interned
+from robust_dpo.ops.objective import Responses, forget, group_responses, name_objective, named
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.robust import RobustObjective
 
@@ -56,18 +56,16 @@ def preference_loss(
     lengths = torch.ones_like(logps) if lengths is None else inputs.check_lengths(lengths, count, device)
     if not torch.compiler.is_compiling():
         inputs.check_values(ref_logps, calibration, scores)
-    # By key, as in the custom ops: torch.compile does not trace methods of an object that it made itself.
-    names = tuple(loss_options)
-    key = intern(loss, encode(beta), names, tuple(encode(loss_options[name]) for name in names), robust)
-    objective = interned(key)
+    # By name, as in the custom ops: torch.compile does not trace methods of an object that it made itself.
+    name = name_objective(loss, beta, loss_options, robust)
+    objective = named(name)
+    forget(name)
     dtype = torch.promote_types(logps.dtype, torch.float32)
     layout = GroupLayout.build(count, group_size, group_sizes, device)
     values = logps.to(dtype)
     reference = None if ref_logps is None else ref_logps.detach().to(dtype)
     group_losses = objective.loss(group_responses(Responses(values, lengths, reference, scores), layout))
-    solution = objective.robust.solve(
-        group_losses, inputs.group_calibration(calibration, layout, dtype), log_normalizer
-    )
+    solution = objective.solve(group_losses, inputs.group_calibration(calibration, layout, dtype), log_normalizer)
     return PreferenceOutput(
         loss=solution.attach(group_losses),
         logps=values.detach(),
