@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,17 @@ BUILD_REPORT = "_build.json"
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 GNU_LIKE = sys.platform != "win32"
-# One translation unit for each instruction set; the choice between them is made at run time.
+# Instruction set -> flags and translation units of its own; the choice between them is made at run time.
+# ROBUST_DPO_<NAME> is defined for those whose flags the compiler knows.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-ISA_SOURCES = {
-    "csrc/row_logprob_avx2.cpp": AVX2,
-    "csrc/row_logprob_avx512.cpp": AVX512,
-    "csrc/row_logprob_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
-    "csrc/head_avx512.cpp": AVX512,
-    "csrc/head_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+ISAS = {
+    "avx2": (AVX2, ["csrc/row_logprob_avx2.cpp"]),
+    "avx512": (AVX512, ["csrc/row_logprob_avx512.cpp", "csrc/head_avx512.cpp"]),
+    "avx512_bf16": (
+        [*AVX512, "-mavx512bf16"],
+        ["csrc/row_logprob_avx512_bf16.cpp", "csrc/head_avx512_bf16.cpp"],
+    ),
 }
 
 
@@ -63,7 +66,7 @@ def cpu_extension(optional: bool) -> Pybind11Extension:
         libraries=["dl", "pthread"] if sys.platform == "linux" else [],
     )
     extension.optional = optional
-    extension.isa_sources = ISA_SOURCES if with_isas else {}
+    extension.isas = ISAS if with_isas else {}
     return extension
 
 
@@ -73,9 +76,15 @@ class BuildCpu(build_ext):
     def build_extension(self, ext: Any) -> None:
         report = {"cpu": "built"}
         try:
-            for source, flags in ext.isa_sources.items():
+            known = [name for name, (flags, _) in ext.isas.items() if self.knows(flags)]
+            unknown = [name for name in ext.isas if name not in known]
+            if unknown:
+                report["cpu"] += f" without {', '.join(unknown)}: the compiler does not know the flags"
+                self.warn(f"{ext.name}: {report['cpu']}")
+            ext.define_macros += [(f"ROBUST_DPO_{name.upper()}", "1") for name in known]
+            for flags, sources in (ext.isas[name] for name in known):
                 ext.extra_objects += self.compiler.compile(
-                    [source],
+                    sources,
                     output_dir=self.build_temp,
                     macros=ext.define_macros,
                     debug=self.debug,
@@ -88,6 +97,17 @@ class BuildCpu(build_ext):
             raise CompileError(f"{CPU_EXTENSION} could not be compiled: {error}") from error
         finally:
             self.write_report(report)
+
+    def knows(self, flags: list[str]) -> bool:
+        """Whether the compiler takes the flags (GCC 9 has no -mavx512bf16)."""
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder, "probe.cpp")
+            probe.write_text("#include <immintrin.h>\n", encoding="utf-8")
+            try:
+                self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=flags)
+            except CompileError:
+                return False
+        return True
 
     def write_report(self, report: dict[str, str]) -> None:
         folders = [Path(self.build_lib, "robust_dpo")]

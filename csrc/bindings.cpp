@@ -40,11 +40,17 @@ const std::vector<Isa>& isas() {
 #if defined(ROBUST_DPO_X86)
         __builtin_cpu_init();
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+#if defined(ROBUST_DPO_AVX2)
         found.push_back({"avx2", row_logprob_avx2, avx2});
-        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+#endif
+        [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(ROBUST_DPO_AVX512)
         found.push_back({"avx512", row_logprob_avx512, avx512});
+#endif
+#if defined(ROBUST_DPO_AVX512_BF16)
         found.push_back({"avx512_bf16", row_logprob_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
+#endif
 #endif
         return found;
     }();

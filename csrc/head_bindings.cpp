@@ -10,8 +10,17 @@ namespace py = pybind11;
 
 namespace robust_dpo {
 
-#if defined(ROBUST_DPO_X86)
+#if defined(ROBUST_DPO_AVX512)
 namespace {
+
+// Python asks for bf16 only where avx512_bf16 is among the usable instruction sets.
+#if defined(ROBUST_DPO_AVX512_BF16)
+constexpr auto kForwardBf16 = head_forward_avx512_bf16;
+constexpr auto kBackwardBf16 = head_backward_avx512_bf16;
+#else
+constexpr decltype(&head_forward_avx512) kForwardBf16 = nullptr;
+constexpr decltype(&head_backward_avx512) kBackwardBf16 = nullptr;
+#endif
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -33,7 +42,7 @@ void forward(const HeadInputs& in, bool bf16, uintptr_t logp, uintptr_t lse, uin
     const HeadForwardOutputs out{pointer<float>(logp), pointer<float>(lse), pointer<float>(entropy),
                                  tile.values == nullptr ? nullptr : &tile};
     const py::gil_scoped_release release;
-    (bf16 ? head_forward_avx512_bf16 : head_forward_avx512)(in, out);
+    (bf16 ? kForwardBf16 : head_forward_avx512)(in, out);
 }
 
 void backward(const HeadInputs& in, bool bf16, const HeadTile& tile, uintptr_t lse, uintptr_t coefficients,
@@ -43,7 +52,7 @@ void backward(const HeadInputs& in, bool bf16, const HeadTile& tile, uintptr_t l
                                   pointer<float>(grad_weight), pointer<float>(grad_bias), grad_x_stride,
                                   grad_weight_stride};
     const py::gil_scoped_release release;
-    (bf16 ? head_backward_avx512_bf16 : head_backward_avx512)(in, tile, out);
+    (bf16 ? kBackwardBf16 : head_backward_avx512)(in, tile, out);
 }
 
 }  // namespace

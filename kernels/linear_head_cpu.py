@@ -28,7 +28,7 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
     if dtype not in _ISAS:
         return f"it takes {' and '.join(str(each) for each in _ISAS)}, not {dtype}"
     if not hasattr(_cpu, "head_forward"):
-        return "it is written for x86-64 with AVX-512, and this build is for another machine"
+        return "it is written for x86-64 with AVX-512, and this build has no code for that"
     if chosen_isa() not in _ISAS[dtype]:
         return f"it needs {_ISAS[dtype][0]} for {dtype}, and {chosen_isa()} is in use"
     return None

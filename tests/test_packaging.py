@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -178,6 +179,38 @@ def test_auto_goes_on_without_a_compiler_and_says_so(source: Path, tmp_path: Pat
     report = json.loads((installed / "robust_dpo" / "_build.json").read_text(encoding="utf-8"))
     assert report["cpu"].startswith("could not be compiled: ")
     check_without_extension(installed, "could not be compiled")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86-64")
+@pytest.mark.parametrize(
+    ("unknown", "left"),
+    [("-mavx512bf16", ["generic", "avx2", "avx512"]), ("-mavx2", ["generic"])],
+)
+def test_a_flag_that_the_compiler_does_not_know_costs_its_instruction_sets_only(
+    source: Path, tmp_path: Path, unknown: str, left: list[str]
+) -> None:
+    old_compiler = tmp_path / "old-c++"
+    old_compiler.write_text(f'#!/bin/sh\ncase " $* " in *" {unknown} "*) exit 1;; esac\nexec c++ "$@"\n')
+    old_compiler.chmod(0o755)
+    succeed(build_wheel(source, tmp_path, CC=str(old_compiler), CXX=str(old_compiler), ROBUST_DPO_BUILD="cpu"))
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = unpack(wheel, tmp_path / "installed")
+    report = json.loads((installed / "robust_dpo" / "_build.json").read_text(encoding="utf-8"))
+    missing = [name for name in ("avx2", "avx512", "avx512_bf16") if name not in left]
+    assert report["cpu"] == f"built without {', '.join(missing)}: the compiler does not know the flags"
+    code = """
+    import torch
+    from robust_dpo.kernels.row_logprob_cpu import row_logprob, usable_isas
+    from robust_dpo.kernels.linear_head_cpu import unsupported_reason
+    print(*usable_isas())
+    print(row_logprob(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)).logp.item())
+    print(unsupported_reason(torch.bfloat16))
+    """
+    isas, logp, reason = run_installed(installed, code)
+    # this machine may lack some of those that were built
+    assert isas.split() == left[: len(isas.split())]
+    assert float(logp) == pytest.approx(-1.3862944)
+    assert reason.startswith("it ")
 
 
 def check_without_extension(installed: Path, reason: str) -> None:
