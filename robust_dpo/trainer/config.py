@@ -123,6 +123,8 @@ class RobustDPOConfig(TrainingArguments):
         self.loss_type = loss_type
         if self.remove_unused_columns:
             raise argument_error("remove_unused_columns", "False: the collator needs every column", True)
+        if self.batch_eval_metrics:
+            raise argument_error("batch_eval_metrics", "False: evaluation solves one objective over all groups", True)
         self._check_choices()
         self._check_counts()
         for name in OPTION_FIELDS:

@@ -29,7 +29,8 @@ def group_metrics(groups: Groups, beta: float) -> Tensor:
 
     The chosen response is the best ranked one, "rejected" is the mean over the others; for pairs these are TRL's
     definitions. The reward of a response is β · log-ratio, or β · log-prob per token where there is no reference.
-    The accuracy of a group is the share of the other responses that have a lower reward than the chosen one.
+    The accuracy of a group is the share of the other responses that have a lower reward than the chosen one. What needs
+    others is NaN for a group of one response.
     """
     rewards = beta * (groups.mean_logps if groups.ref_logps is None else groups.log_ratios)
     reward_chosen, reward_rejected = _chosen_and_rejected(groups, rewards)
@@ -46,13 +47,24 @@ def group_metrics(groups: Groups, beta: float) -> Tensor:
 def logp_accuracies(groups: Groups) -> Tensor:
     """[G, 2] float, one column per name in LOGP_ACCURACIES.
 
-    The accuracy of a group as in `group_metrics`, by log-prob and by log-prob per token instead of by reward.
+    The accuracy of a group as in `group_metrics`, by log-prob and by log-prob per token instead of by reward; NaN for
+    a group of one response.
     """
     return torch.stack([_accuracy(groups, groups.logps), _accuracy(groups, groups.mean_logps)], dim=1)
 
 
+def known_means(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Means of the numbers in each tensor that are not NaN; without those that hold no such number."""
+    return {name: value.nanmean() for name, value in values.items() if not value.isnan().all()}
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype to sum metrics in: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _chosen_and_rejected(groups: Groups, values: Tensor) -> tuple[Tensor, Tensor]:
-    """[G] the value of the best ranked response, and [G] the mean over the others, of values [G, K]."""
+    """[G] the value of the best ranked response, and [G] the mean over the others (NaN if none), of values [G, K]."""
     best = groups.order[:, :1]
     others = groups.mask.scatter(1, best, False)
     return values.gather(1, best).squeeze(1), values.masked_fill(~others, 0).sum(1) / others.sum(1)
@@ -75,25 +87,25 @@ def robust_metrics(weights: Tensor, ess: Tensor, parameter: Tensor | None) -> di
 
 @dataclass
 class RunningMeans:
-    """Weighted means of device scalars; nothing is read back before `pop`."""
+    """Means of device tensors; nothing is read back before `pop`."""
 
-    _sums: dict[str, Tensor] = field(default_factory=dict)
-    _weights: dict[str, float] = field(default_factory=dict)
+    _totals: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
 
-    def add(self, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
-        """Count every value (0-dimensional tensors) `weight` times."""
-        for name, value in values.items():
-            term = value.detach().double() * weight
-            self._sums[name] = term if name not in self._sums else self._sums[name] + term
-            self._weights[name] = self._weights.get(name, 0.0) + weight
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Count every number that is not NaN. The tensors are all of one shape, [] or [G]."""
+        table = torch.stack([value.detach() for value in values.values()])
+        table = table.to(widest_float(table.device)).reshape(len(values), -1)
+        counted = ~table.isnan()
+        totals = torch.stack([table.where(counted, 0).sum(1), counted.sum(1)])
+        names = tuple(values)
+        self._totals[names] = totals if names not in self._totals else self._totals[names] + totals
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all ranks since the last call. One reduction and one read, on every rank."""
-        if not self._sums:
+        """The means over all ranks since the last call, where anything was counted. One reduction, one read."""
+        if not self._totals:
             return {}
-        names = list(self._sums)
-        totals = torch.stack([*self._sums.values()])
-        weights = totals.new_tensor([self._weights[name] for name in names])
-        self._sums, self._weights = {}, {}
-        totals, weights = accelerator.reduce(torch.stack([totals, weights]), reduction="sum")
-        return dict(zip(names, (totals / weights).tolist(), strict=True))
+        names = [name for group in self._totals for name in group]
+        totals = torch.cat([*self._totals.values()], dim=1)
+        self._totals = {}
+        sums, counts = accelerator.reduce(totals, reduction="sum").tolist()
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}

@@ -46,7 +46,7 @@ def with_ref_logps(
         batch = send_to_device(collator([dataset[index] for index in members]), accelerator.device)
         with accelerator.autocast():
             logps = reference.logps(policy, batch)
-        groups = logps.double().cpu().split(batch["group_sizes"].tolist())
+        groups = logps.cpu().double().split(batch["group_sizes"].tolist())
         found += [(index, group.tolist()) for index, group in zip(members, groups, strict=True)]
     rows = dict(gather_object(found))
     return dataset.add_column(COLUMN, [rows[index] for index in range(len(dataset))])

@@ -85,7 +85,7 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, parameter in parameters:
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().double()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()

@@ -27,7 +27,15 @@ from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.data import RowPreparation, Rows
 from robust_dpo.trainer.dropout import disable_dropout
 from robust_dpo.trainer.head import LogitTransform
-from robust_dpo.trainer.metrics import GROUP_METRICS, RunningMeans, group_metrics, logp_accuracies, robust_metrics
+from robust_dpo.trainer.metrics import (
+    GROUP_METRICS,
+    RunningMeans,
+    group_metrics,
+    known_means,
+    logp_accuracies,
+    robust_metrics,
+    widest_float,
+)
 from robust_dpo.trainer.models import add_adapter, load_model, load_tokenizer
 from robust_dpo.trainer.nonfinite import NonFiniteGuard
 from robust_dpo.trainer.precompute import has_ref_logps, with_ref_logps
@@ -236,8 +244,8 @@ class RobustDPOTrainer(Trainer):
         """The loss of a micro-batch, and with `return_outputs` the PreferenceOutput it is part of."""
         output = self.preference_output(model, inputs)
         if model.training:
-            metrics = group_metrics(_groups(output, inputs), self._reward_beta).mean(0)
-            self._means.add(dict(zip(GROUP_METRICS, metrics, strict=True)), weight=len(output.group_losses))
+            metrics = group_metrics(_groups(output, inputs), self._reward_beta)
+            self._means.add(dict(zip(GROUP_METRICS, metrics.unbind(1), strict=True)))
             self._means.add(robust_metrics(output.weights, output.ess, self._lambda(output)))
             self._guard.watch(output.loss, output.group_losses, inputs["ids"])
             self._last_weights = output.weights, inputs["ids"]
@@ -258,7 +266,7 @@ class RobustDPOTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, None]:
-        """Loss, and per group: its loss, its calibration, GROUP_METRICS and LOGP_ACCURACIES, [G, 10] float64."""
+        """Loss, and per group: its loss, its calibration, GROUP_METRICS and LOGP_ACCURACIES, [G, 10] `widest_float`."""
         batch = self._prepare_inputs(inputs)
         with torch.no_grad():
             output = self.preference_output(model, batch)
@@ -266,7 +274,8 @@ class RobustDPOTrainer(Trainer):
         own = torch.stack([output.group_losses, calibration], dim=1)
         groups = _groups(output, batch)
         columns = [own, group_metrics(groups, self._reward_beta), logp_accuracies(groups)]
-        return output.loss.detach(), torch.cat(columns, dim=1).double(), None
+        table = torch.cat(columns, dim=1)
+        return output.loss.detach(), table.to(widest_float(table.device)), None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in transformers, with the metrics of GROUP_METRICS and the objective over the whole data set.
@@ -280,7 +289,7 @@ class RobustDPOTrainer(Trainer):
         solution = self.objective.solve(table[:, 0], table[:, 1] if self.args.calibrated else None)
         metrics = {
             "loss": solution.value,
-            **dict(zip(GROUP_METRICS, table[:, 2 : 2 + len(GROUP_METRICS)].mean(0), strict=True)),
+            **known_means(dict(zip(GROUP_METRICS, table[:, 2 : 2 + len(GROUP_METRICS)].unbind(1), strict=True))),
             **robust_metrics(solution.weights, solution.ess, self._lambda(solution)),
         }
         result.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()})
