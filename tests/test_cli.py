@@ -275,6 +275,38 @@ BAD_CALLS = [
         id="unknown-trainer-arg",
     ),
     pytest.param(
+        [
+            "train",
+            "--model",
+            "{model}",
+            "--data",
+            "{data}",
+            "--trainer-arg",
+            "model-init-kwargs={{}}",
+            "--out",
+            "{tmp}/r",
+        ],
+        ExitCode.USAGE,
+        "the command loads the models itself",
+        id="arguments-of-from-pretrained",
+    ),
+    pytest.param(
+        [
+            "train",
+            "--model",
+            "{model}",
+            "--data",
+            "{tmp}/probs.jsonl",
+            "--eval-data",
+            "{tmp}/mixed.jsonl",
+            "--out",
+            "{tmp}/r",
+        ],
+        ExitCode.DATA,
+        "--eval-data: expected probs in all rows or in none, got them in 1 of 2",
+        id="eval-data-with-probs-in-some-rows",
+    ),
+    pytest.param(
         ["train", "--model", "{model}", "--data", "{data}", "--mode", "erm", "--resume", "--out", "{tmp}/r"],
         ExitCode.USAGE,
         "--resume: expected a checkpoint",
@@ -303,6 +335,9 @@ def test_bad_call(
 ) -> None:
     good = world_file.read_text().splitlines()[0]
     (tmp_path / "bad.jsonl").write_text(good + '\n{"prompt": "p", "chosen": "a", "rejected": ""}\n')
+    calibrated = json.dumps(json.loads(good) | {"probs": [0.5, 0.5]})
+    (tmp_path / "probs.jsonl").write_text(f"{calibrated}\n" * 2)
+    (tmp_path / "mixed.jsonl").write_text(f"{calibrated}\n{good}\n")
     filled = [each.format(tmp=tmp_path, data=world_file, model=start_model) for each in arguments]
     result = run(*filled)
     assert result.exit_code == code, result.output

@@ -29,6 +29,11 @@ from robust_dpo.reporting.report import rebuild
 from robust_dpo.reporting.summary import comparison_table
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
 
+# Fields without effect here, as the command loads the models itself, and what to do instead.
+_LOADING_FIELDS = {
+    "model_init_kwargs": "save the model as it shall be loaded and give its folder to --model",
+    "ref_model_init_kwargs": "save the reference as it shall be loaded and give its folder to --ref-model",
+}
 # Options of the command under the names that RobustDPOConfig has for them.
 _FIELDS = {
     "mode": "mode",
@@ -79,6 +84,7 @@ class TrainingRun:
         rows = self._rows("data", console)
         eval_rows = None if self.options["eval_data"] is None else self._rows("eval_data", console)
         tokenizer = load_tokenizer(self.options["model"])
+        eval_rows = None if eval_rows is None else _with_calibration(eval_rows, config, tokenizer)
         model = load_causal_lm(self.options["model"])
         ref_model = None if self.options["ref_model"] is None else load_causal_lm(self.options["ref_model"])
 
@@ -89,7 +95,7 @@ class TrainingRun:
             ref_model,
             config,
             train_dataset=rows,
-            eval_dataset=None if eval_rows is None else _with_calibration(eval_rows, config, tokenizer),
+            eval_dataset=eval_rows,
             processing_class=tokenizer,
             peft_config=self._adapter(),
         )
@@ -168,6 +174,9 @@ def _extra_fields(assignments: Sequence[str]) -> dict[str, Any]:
             raise argument_error("--trainer-arg", "NAME=VALUE", assignment)
         if name not in known:
             raise argument_error("--trainer-arg", f"a field of RobustDPOConfig{nearest(name, known)}", name)
+        if name in _LOADING_FIELDS:
+            expected = f"no arguments of from_pretrained: the command loads the models itself; {_LOADING_FIELDS[name]}"
+            raise argument_error("--trainer-arg", expected, name)
         parsed = yaml.safe_load(value)
         if isinstance(parsed, str):
             # YAML 1.1 reads 1e-5 as text: only 1.0e-5 is a number to it
@@ -178,10 +187,18 @@ def _extra_fields(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _with_calibration(rows: Dataset, config: RobustDPOConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Evaluation rows without probabilities get h = 1 in a calibrated mode: all held-out groups count alike."""
-    has_probs = "probs" in rows.column_names and all(probs is not None for probs in rows["probs"])
-    if not config.calibrated or has_probs:
+    """Evaluation rows without probabilities get h = 1 in a calibrated mode: all held-out groups count alike.
+
+    Raises:
+        DataError: some rows have probabilities and others have none.
+    """
+    if not config.calibrated:
         return rows
+    known = sum(probs is not None for probs in rows["probs"]) if "probs" in rows.column_names else 0
+    if known == len(rows):
+        return rows
+    if known:
+        raise DataError(f"--eval-data: expected probs in all rows or in none, got them in {known} of {len(rows)}")
     tokenised = tokenize_groups(
         rows,
         tokenizer,
