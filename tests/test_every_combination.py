@@ -1,4 +1,8 @@
-"""Every loss × aggregation × calibration × K against float64 autograd of the reference. The cases are generated."""
+"""Every loss × aggregation × calibration × K against float64 autograd of the reference. The cases are generated.
+
+The reference takes the losses from the same registry, so this checks everything around them; the formulas of the losses
+are checked independently in tests/test_losses.py.
+"""
 
 from __future__ import annotations
 
