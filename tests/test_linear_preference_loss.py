@@ -608,7 +608,7 @@ def test_a_loss_that_ignores_its_input_has_no_gradient(robust: str) -> None:
 
 def test_a_loss_with_parameters_to_train_is_refused() -> None:
     problem = make_problem([2, 2]).to(torch.float64)
-    with pytest.raises(ValueError, match="loss: expected a loss without trainable parameters; .* got ParameterLoss"):
+    with pytest.raises(ValueError, match=r"loss: expected a loss without trainable parameters; .* got ParameterLoss"):
         linear_preference_loss(*problem.args, loss=ParameterLoss(), **problem.kwargs)
     frozen = ParameterLoss().requires_grad_(False)
     assert linear_preference_loss(*problem.args, loss=frozen, **problem.kwargs).loss == 1
@@ -624,7 +624,7 @@ def test_a_call_leaves_no_objective_behind() -> None:
 
 
 def test_large_scores_keep_the_gradient_normalised() -> None:
-    """s = hℓ/λ near 1e5 has an ulp of 1e-2 in fp32; the factor e^{shift − log Z} of the gradient must not show it."""
+    """Scores hℓ/λ near 1e5 have an ulp of 1e-2 in fp32; the factor e^{shift − log Z} of the gradient must hide it."""
     problem = make_problem([2] * 6, reference="cached").to(torch.float32)
     options = {"loss": "ipo", "beta": 0.01, "robust": KLRobust(lam=0.02)}
     output, grads = computed(problem, chunk_bytes=1, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Objective:
         return f"{self.loss.key}|{self.robust.key}"
 
     def solve(self, group_losses: Tensor, calibration: Tensor | None, log_normalizer: Tensor | None) -> Solution:
-        """The aggregation of group losses [G], computed in float64 and given in their dtype, but for `log_partition`."""
+        """The aggregation of group losses [G] in float64, given in their dtype but for `log_partition`."""
         exact, dtype = exact_dtype(group_losses.device), group_losses.dtype
         wide = None if calibration is None else calibration.to(exact)
         solution = self.robust.solve(group_losses.detach().to(exact), wide, log_normalizer)
@@ -118,6 +118,8 @@ def _autograd_inside_operator() -> Iterator[None]:
 # those of compiled graphs, which call again and again with the key that they were traced with, stay.
 _NAMED: dict[str, Objective] = {}
 _CALLS = itertools.count()
+# The torch that recompiles for a function of another identity; 2.11 looks at its code only.
+_GUARDS_IDENTITY = "2.13"
 
 
 def name_objective(
@@ -128,9 +130,10 @@ def name_objective(
         names = tuple(options)
         # The identity is a guard: functions that differ only in what they close over share their code.
         identity = id(loss) if callable(loss) else 0
-        return _name_for_graph(
-            loss, identity, _encode(beta), names, tuple(_encode(options[n]) for n in names), aggregation
-        )
+        values = tuple(_encode(options[option]) for option in names)
+        kind, fields, settings = _taken_apart(aggregation)
+        graph_name: str = _name_for_graph(loss, identity, _encode(beta), names, values, kind, fields, settings)
+        return graph_name
     objective = Objective.resolve(loss, beta, options, aggregation)
     name = f"{objective.key}#{next(_CALLS)}"
     _NAMED[name] = objective
@@ -162,18 +165,34 @@ def _name_for_graph(
     beta: Any,
     names: tuple[str, ...],
     values: tuple[Any, ...],
-    aggregation: str | RobustObjective,
+    aggregation: Any,
+    fields: tuple[str, ...],
+    settings: tuple[Any, ...],
 ) -> str:
     """The same while torch.compile traces, which takes the result for a constant.
 
-    Numbers come in as `_encode` writes them: torch.compile makes symbols of floats that change, and a constant cannot be
-    taken from a symbol.
+    Numbers come in as `_encode` writes them: torch.compile makes symbols of floats that change, and a constant cannot
+    be taken from a symbol.
     """
+    if torch.__version__ < _GUARDS_IDENTITY and getattr(loss, "__closure__", None) is not None:
+        expected = "under torch.compile, a function that closes over nothing (give its numbers as options)"
+        raise argument_error("loss", expected, f"a closure, which torch {torch.__version__} does not tell from others")
     options = {name: _decode(value) for name, value in zip(names, values, strict=True)}
+    if isinstance(aggregation, type):
+        aggregation = aggregation(**{field: _decode(value) for field, value in zip(fields, settings, strict=True)})
     objective = Objective.resolve(loss, _decode(beta), options, aggregation)
     # A user's function is kept alive here, so that its identity stays its own.
     _NAMED.setdefault(objective.key, objective)
     return objective.key
+
+
+def _taken_apart(aggregation: Any) -> tuple[Any, tuple[str, ...], tuple[Any, ...]]:
+    """A dataclass as its class and fields: torch.compile cannot make a constant of every object."""
+    if not is_dataclass(aggregation):
+        return aggregation, (), ()
+    kind: Any = type(aggregation)
+    fields = tuple(kind.__dataclass_fields__)
+    return kind, fields, tuple(_encode(getattr(aggregation, field)) for field in fields)
 
 
 def _encode(value: Any) -> Any:
