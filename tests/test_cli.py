@@ -210,6 +210,10 @@ def test_resume_ends_with_the_same_weights(tmp_path: Path, world_file: Path, sta
     (tmp_path / "whole" / "checkpoints" / "checkpoint-2").rename(killed / "checkpoints" / "checkpoint-2")
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (killed / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    (killed / "config.yaml").write_bytes((tmp_path / "whole" / "config.yaml").read_bytes())
+    changed = run("train", *common, "--lam", 3, "--out", killed, "--resume")
+    assert changed.exit_code == ExitCode.USAGE
+    assert "--lam: expected 1.0 as when the run began" in " ".join(changed.output.split())
     resumed = run("train", *common, "--out", killed, "--resume")
     assert resumed.exit_code == ExitCode.OK, resumed.output
     model = Path("model") / "model.safetensors"

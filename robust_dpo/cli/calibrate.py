@@ -134,7 +134,8 @@ def calibrate(
     for path in (out, *saved):
         console.print(f"wrote: {path}", highlight=False, soft_wrap=True)
     console.print(
-        f"next: robust-dpo train --data {out} --calibration {saved[0]} --mode dora --model MODEL --out runs/robust",
+        f"next: robust-dpo train --data {out} --calibration {saved[0]} --form {form.value} --reduce {reduce} "
+        "--mode dora --model MODEL --out runs/robust",
         highlight=False,
         soft_wrap=True,
     )

@@ -58,7 +58,7 @@ class ReportingGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            typer.echo("robust-dpo: interrupted", err=True)
+            typer.echo("\nrobust-dpo: interrupted; a training run goes on with --resume", err=True)
             raise typer.Exit(ExitCode.INTERRUPTED) from interrupt
         except _UsageError as error:
             message = error.format_message() if isinstance(error, typer.BadParameter) else str(error)

@@ -90,6 +90,8 @@ class TrainingRun:
 
         run = RunDirectory.create(self.options["out"], overwrite=self.overwrite, resume=self.resume)
         checkpoint = self._checkpoint(run)
+        if self.resume:
+            run.refuse_changes(self.options)
         trainer = RobustDPOTrainer(
             model,
             ref_model,

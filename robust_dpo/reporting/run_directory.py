@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from robust_dpo.errors import DataError
+from robust_dpo.errors import DataError, argument_error
 
 CONFIG = "config.yaml"
 
@@ -32,6 +32,11 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return str(value)
+
+
+def _set_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that have a value, in the form that YAML holds."""
+    return {key: value for key, value in _plain(options).items() if value is not None}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -123,8 +128,22 @@ class RunDirectory:
 
     def write_config(self, options: Mapping[str, Any]) -> None:
         """Every option as resolved, in the form that `--config` reads. Options that are not set are left out."""
-        plain = {key: value for key, value in _plain(options).items() if value is not None}
-        self.config.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.safe_dump(_set_options(options), sort_keys=False, allow_unicode=True)
+        self.config.write_text(text, encoding="utf-8")
+
+    def refuse_changes(self, options: Mapping[str, Any]) -> None:
+        """A resumed run keeps its options: its record says what the weights came from.
+
+        Raises:
+            ValueError: an option is not what the run was started with.
+        """
+        before, now = self.read_config(), _set_options(options)
+        if not before:
+            return  # stopped before it could be written
+        for key in sorted((before.keys() | now.keys()) - {"out"}):
+            if before.get(key) != now.get(key):
+                option = f"--{key.replace('_', '-')}"
+                raise argument_error(option, f"{before.get(key)!r} as when the run began (--resume)", now.get(key))
 
     def read_config(self) -> dict[str, Any]:
         """What `write_config` wrote, or {} where there is none."""

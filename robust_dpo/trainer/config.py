@@ -134,6 +134,8 @@ class RobustDPOConfig(TrainingArguments):
                 raise type_error(name, "a dictionary", getattr(self, name))
         if self.robust_options and self.robust is None:
             raise argument_error("robust_options", "none without robust", self.robust_options)
+        if self.radius is not None and self.robust is None and isinstance(from_mode(self.mode)[0], Mean):
+            raise argument_error("radius", f"None with mode={self.mode!r}, which has no worst case", self.radius)
         self.bound_loss()
         self.objective()
         if self.per_device_train_batch_size == 1 and self.weighs_groups:

@@ -58,6 +58,7 @@ def build(**options: Any) -> RobustDPOConfig:
         ),
         ({"pad_to_multiple_of": -8}, ValueError, "pad_to_multiple_of: expected at least 1, or None, got -8"),
         ({"precompute_ref_batch_size": 0}, ValueError, "precompute_ref_batch_size: expected at least 1"),
+        ({"mode": "erm", "radius": 0.1}, ValueError, "radius: expected None with mode='erm'"),
         ({"batch_eval_metrics": True}, ValueError, "batch_eval_metrics: expected False"),
         ({"remove_unused_columns": True}, ValueError, "remove_unused_columns: expected False"),
     ],
