@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from robust_dpo.dispatch import get_row_logprob
+from robust_dpo.kernels.row_logprob import RowLogprob
+from robust_dpo.ops.logp_pass import Logps, fake_logps, logp_pass
 from robust_dpo.ops.rows import ResponseRows, cut_rows
 
 
@@ -25,30 +27,18 @@ def logits_logps(
     """Log-probs [S], token log-probs and entropies shaped like `targets` (entropies empty where not asked for)."""
     rows = ResponseRows.select(targets, seq_lens, logits.shape[-1])
     launch = get_row_logprob(backend, logits.device, logits.dtype)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    logps = logits.new_zeros(len(rows.lengths), dtype=dtype)
-    token_logps = logits.new_zeros(rows.count, dtype=dtype)
-    entropies = torch.zeros_like(token_logps)
-    for start, stop in cut_rows(0, rows.count, max_rows):
+
+    def forward(start: int, stop: int) -> RowLogprob:
         tile = rows.gather(logits, start, stop)
-        result = launch(tile, rows.targets[start:stop], softcap=softcap, logit_scale=logit_scale, entropy=entropy)
-        rows.add_to_sequences(logps, result.logp, start)
-        token_logps[start:stop] = result.logp
-        if result.entropy is not None:
-            entropies[start:stop] = result.entropy
-    spread = rows.spread(entropies, targets.shape) if entropy else logps.new_empty(0)
-    return logps, rows.spread(token_logps, targets.shape), spread
+        return launch(tile, rows.targets[start:stop], softcap=softcap, logit_scale=logit_scale, entropy=entropy)
+
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logp_pass(rows, targets, max_rows, dtype, entropy, forward)
 
 
 @logits_logps.register_fake
-def _fake(logits: Tensor, targets: Tensor, seq_lens: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    responses = targets.shape[0] if seq_lens is None else seq_lens.shape[0]
-    return (
-        logits.new_empty(responses, dtype=dtype),
-        logits.new_empty(targets.shape, dtype=dtype),
-        logits.new_empty(targets.shape if rest[-1] else (0,), dtype=dtype),
-    )
+def _fake(logits: Tensor, targets: Tensor, seq_lens: Tensor | None, *rest: Any) -> Logps:
+    return fake_logps(targets, seq_lens, torch.promote_types(logits.dtype, torch.float32), rest[-1])
 
 
 @torch.library.custom_op("robust_dpo::logits_logps_backward", mutates_args=())

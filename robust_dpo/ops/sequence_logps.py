@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from robust_dpo.errors import argument_error
+from robust_dpo.kernels.row_logprob import RowLogprob
 from robust_dpo.ops import inputs
 from robust_dpo.ops.autocast import autocast_dtype, autocast_off
 from robust_dpo.ops.choose_head import choose_head
 from robust_dpo.ops.chunking import chunk_rows
 from robust_dpo.ops.head import HeadGradients, HeadWeights
 from robust_dpo.ops.logits_logps import logits_logps
+from robust_dpo.ops.logp_pass import Logps, fake_logps, logp_pass
 from robust_dpo.ops.rows import ResponseRows, cut_rows
 
 
@@ -141,33 +143,18 @@ def _forward(
     head = HeadWeights.prepare(weight, compute_dtype, bias, softcap, logit_scale)
     rows = ResponseRows.select(targets, seq_lens, weight.shape[0])
     engine = choose_head(head.weight, max_rows, backend=backend, tile_dtype=tile_dtype)
-    dtype = head.accumulation_dtype
-    logps = hidden.new_zeros(len(rows.lengths), dtype=dtype)
-    token_logps = hidden.new_zeros(rows.count, dtype=dtype)
-    entropies = torch.zeros_like(token_logps)
+
+    def forward(start: int, stop: int) -> RowLogprob:
+        x = rows.gather(hidden, start, stop).to(compute_dtype)
+        return engine.forward(head, x, rows.targets[start:stop], keep=False, entropy=entropy)
+
     with autocast_off(hidden.device):
-        for start, stop in cut_rows(0, rows.count, max_rows):
-            x = rows.gather(hidden, start, stop).to(compute_dtype)
-            result = engine.forward(head, x, rows.targets[start:stop], keep=False, entropy=entropy)
-            rows.add_to_sequences(logps, result.logp, start)
-            token_logps[start:stop] = result.logp
-            if result.entropy is not None:
-                entropies[start:stop] = result.entropy
-    spread = rows.spread(entropies, targets.shape) if entropy else logps.new_empty(0)
-    return logps, rows.spread(token_logps, targets.shape), spread
+        return logp_pass(rows, targets, max_rows, head.accumulation_dtype, entropy, forward)
 
 
 @_forward.register_fake
-def _fake_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, seq_lens: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(rest[3], torch.float32)
-    responses = targets.shape[0] if seq_lens is None else seq_lens.shape[0]
-    return (
-        hidden.new_empty(responses, dtype=dtype),
-        hidden.new_empty(targets.shape, dtype=dtype),
-        hidden.new_empty(targets.shape if rest[-1] else (0,), dtype=dtype),
-    )
+def _fake_forward(hidden: Tensor, weight: Tensor, targets: Tensor, seq_lens: Tensor | None, *rest: Any) -> Logps:
+    return fake_logps(targets, seq_lens, torch.promote_types(rest[3], torch.float32), rest[-1])
 
 
 @torch.library.custom_op("robust_dpo::sequence_logps_backward", mutates_args=())
