@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from robust_dpo.kernels.row_logprob import RowLogprobLauncher
 
 ROW_LOGPROB = "row_logprob"
+GROUP_EPILOGUE = "group_epilogue"
+CALIBRATION_WEIGHTS = "calibration_weights"
+RESCALE = "rescale"
 FUSED_HEAD = "fused_head"
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 BUILD_REPORT = Path(__file__).with_name("_build.json")
@@ -201,6 +205,27 @@ def _why_not_built() -> str:
     return str(json.loads(BUILD_REPORT.read_text(encoding="utf-8"))["cpu"])
 
 
+def _interpreting() -> bool:
+    """Whether Triton kernels run on the CPU, in its interpreter; Triton reads the variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def _probe_triton() -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus("triton", False, False, "the package triton is not installed")
+    version = importlib.metadata.version("triton")
+    if _interpreting():
+        return BackendStatus("triton", True, True, f"{version}, interpreted on the CPU for tests, never chosen by auto")
+    if not torch.cuda.is_available():
+        why = f"no GPU that this torch ({torch.__version__}) can use; TRITON_INTERPRET=1 runs the kernels on the CPU"
+        return BackendStatus("triton", True, False, why)
+    properties = torch.cuda.get_device_properties(0)
+    if torch.version.hip is None and properties.major < 8:
+        why = f"{properties.name} has compute capability {properties.major}.{properties.minor}, 8.0 is the least"
+        return BackendStatus("triton", True, False, why)
+    return BackendStatus("triton", True, True, f"{version} on {properties.name}")
+
+
 def _not_in_this_release(name: str) -> Backend:
     return Backend(name, lambda: BackendStatus(name, False, False, "not part of this release"))
 
@@ -218,5 +243,19 @@ register_backend(
         priority=10,
     )
 )
-register_backend(_not_in_this_release("triton"))
+register_backend(
+    Backend(
+        "triton",
+        _probe_triton,
+        {
+            ROW_LOGPROB: "robust_dpo.kernels.row_logprob_triton:row_logprob",
+            GROUP_EPILOGUE: "robust_dpo.kernels.group_epilogue_triton:group_epilogue",
+            CALIBRATION_WEIGHTS: "robust_dpo.kernels.calibration_weights_triton:calibration_weights",
+            RESCALE: "robust_dpo.kernels.rescale_triton:rescale",
+        },
+        device_types=frozenset({"cpu" if _interpreting() else "cuda"}),
+        dtypes=FLOATS - {torch.float64},
+        priority=-10 if _interpreting() else 20,
+    )
+)
 register_backend(_not_in_this_release("cuda"))

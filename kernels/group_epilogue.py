@@ -1,0 +1,88 @@
+"""What every group_epilogue launcher takes and fills in: the vectors of one batch and the loss of its groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class NativeLoss(NamedTuple):
+    """A built-in loss as kernels know it.
+
+    Args:
+        name: in the registry of losses.
+        arguments: option -> value, as in `BoundLoss.arguments`.
+    """
+
+    name: str
+    arguments: dict[str, float | bool]
+
+
+@dataclass(frozen=True)
+class EpilogueVectors:
+    """The vectors of one batch: N rows, S responses, G groups; all on one device, contiguous, fp32 but where noted.
+
+    Args:
+        token_logps: [N] log-prob of each row's target under the policy.
+        ref_token_logps: [N] the same under a live reference, or None.
+        counted: [N] bool, False for rows that belong to nobody (target −100), or None where all count.
+        seq_offsets: [S + 1] int64, rows of response s are seq_offsets[s] … seq_offsets[s + 1] − 1.
+        group_offsets: [G + 1] int64, responses of group g are group_offsets[g] … group_offsets[g + 1] − 1.
+        lengths: [S] tokens of each response, at least 1.
+        scores: [S] quality, higher is better, or None: best first.
+        calibration: [G] h, or None for ones.
+        logps: [S], filled with the sums of token_logps.
+        ref_logps: [S] filled with the sums of ref_token_logps; given where there are none; or None: no reference.
+        losses: [G], filled.
+        derivative: [S], filled with ∂ℓ/∂logp.
+        coefficients: [N], filled with −e^{s − shift} · factor · ∂ℓ/∂logp of the row's response, 0 where it does not
+            count: what softmax − onehot of the row is to be multiplied by. None in a pass without tilt.
+        state: [3] float64 (shift, Σ e^{s − shift}, rescale), carried from chunk to chunk; before the first one
+            (−inf, 0, 1). None in a pass without tilt.
+        widest: responses of the largest group.
+    """
+
+    token_logps: Tensor
+    ref_token_logps: Tensor | None
+    counted: Tensor | None
+    seq_offsets: Tensor
+    group_offsets: Tensor
+    lengths: Tensor
+    scores: Tensor | None
+    calibration: Tensor | None
+    logps: Tensor
+    ref_logps: Tensor | None
+    losses: Tensor
+    derivative: Tensor
+    coefficients: Tensor | None
+    state: Tensor | None
+    widest: int
+
+
+class GroupEpilogueLauncher(Protocol):
+    """group_epilogue on one backend, for the built-in losses.
+
+    Of groups first … last − 1: sums of token log-probs (in more than fp32), group losses ℓ and their derivative. With
+    a `temperature` t also the scores s = hℓ/t (t = ±inf: 0), held to finite fp64 numbers, the factor h, and the
+    accumulation: the shift is the largest score of the first chunk, and stays until a score exceeds it by more than
+    `HEADROOM`; then it becomes that score, `rescale` is e^{old − new}, and what was accumulated so far must be
+    multiplied by it. Otherwise `rescale` is 1. Sums are taken in a fixed order: results are the same bits in every run.
+
+    Args:
+        vectors: of the whole batch; only entries of these groups, their responses and rows are read and written.
+        loss: one that `supports` accepts.
+        temperature: t of the exponential tilt, signed, possibly infinite; None for losses and derivatives alone.
+        first_group: of the chunk.
+        last_group: one behind its last.
+    """
+
+    def __call__(
+        self, vectors: EpilogueVectors, loss: NativeLoss, temperature: float | None, first_group: int, last_group: int
+    ) -> None: ...
+
+
+# Unnormalised weights e^{s − shift} may grow by e³⁰ before the accumulators are rescaled: far from the fp32 overflow at
+# e⁸⁸, and rare enough that rescaling costs nothing.
+HEADROOM = 30.0
