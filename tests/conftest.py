@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Triton reads it when it is imported, so before anything else does: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Shared machines stall for longer than hypothesis' deadline of 200 ms; a slow example is no failure.
 settings.register_profile("no_deadline", deadline=None)
