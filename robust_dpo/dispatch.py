@@ -23,7 +23,10 @@ import torch
 from robust_dpo.errors import argument_error
 
 if TYPE_CHECKING:
+    from robust_dpo.kernels.group_epilogue import GroupEpilogueLauncher
+    from robust_dpo.kernels.rescale import RescaleLauncher
     from robust_dpo.kernels.row_logprob import RowLogprobLauncher
+    from robust_dpo.losses import BoundLoss
 
 ROW_LOGPROB = "row_logprob"
 GROUP_EPILOGUE = "group_epilogue"
@@ -168,6 +171,33 @@ def get_row_logprob(backend: str, device: torch.device | str, dtype: torch.dtype
     return cast("RowLogprobLauncher", _load(chosen.launchers[ROW_LOGPROB]))
 
 
+def get_rescale(backend: str, device: torch.device | str, dtype: torch.dtype) -> RescaleLauncher:
+    """The rescale launcher beside the row_logprob of `backend`: its own, or plain PyTorch's; errors as there."""
+    chosen = choose_backend(ROW_LOGPROB, backend, device, dtype)
+    return cast("RescaleLauncher", _load(chosen.launchers.get(RESCALE, _REGISTRY["torch"].launchers[RESCALE])))
+
+
+def get_group_epilogue(
+    backend: str, device: torch.device | str, dtype: torch.dtype, loss: BoundLoss, widest: int
+) -> GroupEpilogueLauncher | None:
+    """The group_epilogue launcher beside the row_logprob of `backend`, or None where it has none for this loss.
+
+    Without one, losses are differentiated by autograd. Errors as in `choose_backend`.
+
+    Args:
+        backend: as in `choose_backend`.
+        device: of the tiles.
+        dtype: of the tiles.
+        loss: of the groups.
+        widest: responses of the largest group.
+    """
+    launcher = choose_backend(ROW_LOGPROB, backend, device, dtype).launchers.get(GROUP_EPILOGUE)
+    if launcher is None:
+        return None
+    supports = cast("Callable[[BoundLoss, int], bool]", _load(f"{launcher.partition(':')[0]}:supports"))
+    return cast("GroupEpilogueLauncher", _load(launcher)) if supports(loss, widest) else None
+
+
 def has_fused_head(backend: str, device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether the backend that runs row_logprob also has the whole LM head as one kernel, for weights of `dtype`.
 
@@ -230,7 +260,16 @@ def _not_in_this_release(name: str) -> Backend:
     return Backend(name, lambda: BackendStatus(name, False, False, "not part of this release"))
 
 
-register_backend(Backend("torch", _probe_torch, {ROW_LOGPROB: "robust_dpo.kernels.row_logprob_torch:row_logprob"}))
+register_backend(
+    Backend(
+        "torch",
+        _probe_torch,
+        {
+            ROW_LOGPROB: "robust_dpo.kernels.row_logprob_torch:row_logprob",
+            RESCALE: "robust_dpo.kernels.rescale_torch:rescale",
+        },
+    )
+)
 register_backend(
     Backend(
         "cpu",

@@ -94,16 +94,19 @@ class GroupLayout:
             return GroupLayout(slots, torch.ones_like(slots, dtype=torch.bool), index // group_size)
         if group_sizes.ndim != 1 or group_sizes.is_floating_point():
             raise type_error("group_sizes", "a one-dimensional integer tensor", group_sizes)
-        sizes = group_sizes.to(device=device, dtype=torch.int64)
-        if sizes.numel() and int(sizes.min()) < 1:
-            raise argument_error("group_sizes", "at least one response in every group", sizes.tolist())
-        if int(sizes.sum()) != num_responses:
-            raise argument_error("group_sizes", f"a sum of {num_responses}, the number of responses", int(sizes.sum()))
-        group_of = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
-        width = int(sizes.max()) if sizes.numel() else 1
-        column = torch.arange(width, device=device)
+        sizes = group_sizes.tolist()
+        check_group_sizes(sizes, num_responses)
+        return GroupLayout.ragged(
+            group_sizes.to(device=device, dtype=torch.int64), max(sizes, default=1), num_responses
+        )
+
+    @staticmethod
+    def ragged(sizes: Tensor, widest: int, num_responses: int) -> GroupLayout:
+        """Layout of groups of `sizes` [G] int64, of which the host knows the largest and the sum."""
+        groups, column = (torch.arange(count, device=sizes.device) for count in (len(sizes), widest))
         mask = column < sizes[:, None]
         starts = sizes.cumsum(0) - sizes
+        group_of = groups.repeat_interleave(sizes, output_size=num_responses)
         return GroupLayout((starts[:, None] + column) * mask, mask, group_of)
 
     def part(self, first_group: int, last_group: int, first_response: int, last_response: int) -> GroupLayout:
@@ -120,3 +123,11 @@ class GroupLayout:
     def group_mean(self, values: Tensor) -> Tensor:
         """Flat [S] → [G], the mean over the responses of each group."""
         return self.pad(values).sum(1) / self.mask.sum(1)
+
+
+def check_group_sizes(sizes: list[int], num_responses: int) -> None:
+    """Refuse sizes of groups that cannot be those of `num_responses` responses."""
+    if min(sizes, default=1) < 1:
+        raise argument_error("group_sizes", "at least one response in every group", sizes)
+    if sum(sizes) != num_responses:
+        raise argument_error("group_sizes", f"a sum of {num_responses}, the number of responses", sum(sizes))

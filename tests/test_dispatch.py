@@ -73,10 +73,17 @@ def test_auto_prefers_the_native_kernel_on_cpu_and_plain_torch_elsewhere() -> No
     assert choose_backend("row_logprob", "auto", "meta", torch.bfloat16).name == "torch"
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_later_backends_say_that_they_are_missing(name: str) -> None:
-    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run row_logprob .*not part of this release"):
-        get_row_logprob(name, "cpu", torch.float32)
+def test_later_backends_say_that_they_are_missing() -> None:
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run row_logprob .*not part of this release"):
+        get_row_logprob("cuda", "cpu", torch.float32)
+
+
+def test_interpreter_is_never_chosen_by_auto() -> None:
+    if not backends()["triton"].usable or torch.cuda.is_available():
+        pytest.skip("Triton does not run in its interpreter here")
+    assert "interpreted" in backends()["triton"].detail
+    assert choose_backend("row_logprob", "auto", "cpu", torch.float32).name != "triton"
+    assert choose_backend("row_logprob", "triton", "cpu", torch.float32).name == "triton"
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:

@@ -294,13 +294,13 @@ def test_every_combination_of_requires_grad(
     problem = make_problem([2, 2], bias=True).to(torch.float64)
     _, wanted = expected(problem, robust=objective)
     asked: list[tuple[bool, ...]] = []
-    allocate = HeadGradients.allocate
+    allocate = LinearHead.allocate
 
-    def spy(head: Any, rows: int, *wanted: bool) -> HeadGradients:
+    def spy(self: LinearHead, head: Any, rows: int, *wanted: bool) -> HeadGradients:
         asked.append(wanted)
-        return allocate(head, rows, *wanted)
+        return allocate(self, head, rows, *wanted)
 
-    monkeypatch.setattr(HeadGradients, "allocate", staticmethod(spy))
+    monkeypatch.setattr(LinearHead, "allocate", spy)
     leaves = problem.leaves.values()
     for leaf, need in zip(leaves, needs, strict=True):
         leaf.requires_grad_(need)

@@ -24,10 +24,25 @@ def choose_head(
         backend: as in `robust_dpo.backends`.
         tile_dtype: dtype in which logits meet the softmax; None takes the accurate one where it is cheap.
     """
-    if tile_dtype in (None, torch.float32) and has_fused_head(backend, weight.device, weight.dtype):
+    if _is_fused(weight.device, weight.dtype, backend, tile_dtype):
         # Imports the extension, which is there when the backend says so.
         from robust_dpo.ops.native_head import NativeHead
 
         return NativeHead(max_rows)
     dtype = weight.dtype if tile_dtype is None else tile_dtype
     return GemmHead(max_rows, weight.shape[0], dtype, weight.device, get_row_logprob(backend, weight.device, dtype))
+
+
+def hidden_gradient_dtype(
+    device: torch.device, dtype: torch.dtype, backend: str, tile_dtype: torch.dtype | None
+) -> torch.dtype:
+    """The dtype in which the head that `choose_head` takes leaves the gradient of hidden states."""
+    if _is_fused(device, dtype, backend, tile_dtype):
+        from robust_dpo.ops.native_head import NativeHead
+
+        return NativeHead.hidden_dtype(dtype)
+    return GemmHead.hidden_dtype(dtype)
+
+
+def _is_fused(device: torch.device, dtype: torch.dtype, backend: str, tile_dtype: torch.dtype | None) -> bool:
+    return tile_dtype in (None, torch.float32) and has_fused_head(backend, device, dtype)

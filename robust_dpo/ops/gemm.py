@@ -10,10 +10,18 @@ from torch import Tensor
 _SLAB_ROWS = 4096
 
 
+def widens(x: Tensor) -> bool:
+    """Whether torch multiplies matrices like `x` with fp32 output, without rounding the sums to half precision."""
+    return x.is_cuda and torch.version.hip is None and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def logits_into(tile: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Write x Wᵀ into the tile [n, V]; a tile wider than the inputs gets the product of the widened inputs."""
+    """Write x Wᵀ into the tile [n, V]; a tile wider than the inputs gets the unrounded product."""
     if tile.dtype == x.dtype:
         torch.mm(x, weight.t(), out=tile)
+        return
+    if widens(x):
+        torch.mm(x, weight.t(), out_dtype=tile.dtype, out=tile)
         return
     wide = x.to(tile.dtype)
     for start in range(0, weight.shape[0], _SLAB_ROWS):
@@ -21,26 +29,48 @@ def logits_into(tile: Tensor, x: Tensor, weight: Tensor) -> None:
         tile[:, start : start + _SLAB_ROWS] = wide @ slab.t()
 
 
-def times_weight(z: Tensor, weight: Tensor) -> Tensor:
-    """[n, H] z W."""
-    return torch.mm(z, weight)
+def times_weight_into(out: Tensor, z: Tensor, weight: Tensor) -> None:
+    """Write z W into `out` [n, H]."""
+    torch.mm(z, weight, out=out)
 
 
-def add_product(total: Tensor, z: Tensor, x: Tensor, factors: Tensor) -> None:
-    """Add zᵀ (factors · x) to `total` [V, H], accumulated in the dtype of `total`."""
+def add_product(total: Tensor, z: Tensor, x: Tensor, factors: Tensor, *, first: bool) -> None:
+    """Add zᵀ (factors · x) to `total` [V, H], accumulated in the dtype of `total`; the `first` product takes its place.
+
+    The factors ride on x, which is V/H times smaller than z.
+    """
     if len(x) == 0:
         return
-    column = factors[:, None]
+    rows = torch.empty_like(x)
     if total.dtype == x.dtype:
-        total.addmm_(z.t(), x * column)
-        return
+        torch.mul(x, factors[:, None], out=rows)
+        total.addmm_(z.t(), rows, beta=0 if first else 1)
+    elif widens(x) and x.dtype == torch.bfloat16:
+        torch.mul(x, factors[:, None], out=rows)
+        if first:
+            torch.mm(z.t(), rows, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, z.t(), rows, out_dtype=total.dtype, out=total)
+    else:
+        _add_in_slabs(total, z, x, factors, rows, first)
+
+
+def _add_in_slabs(total: Tensor, z: Tensor, x: Tensor, factors: Tensor, rows: Tensor, first: bool) -> None:
+    """The same where torch cannot accumulate into a wider matrix, or where the factors do not fit into fp16."""
     # Unnormalised robust weights reach e³⁰, and fp16 ends at 65,504: the largest factor waits for the wide sum.
     largest = factors.abs().amax()
     largest = torch.where(largest == 0, 1.0, largest)
-    rows = (x * (column / largest)).to(x.dtype)
+    torch.mul(x, (factors / largest)[:, None], out=rows)
     for start in range(0, total.shape[0], _SLAB_ROWS):
         slab = total[start : start + _SLAB_ROWS]
-        slab.addcmul_(torch.mm(z[:, start : start + _SLAB_ROWS].t(), rows).to(total.dtype), largest)
+        columns = z[:, start : start + _SLAB_ROWS].t()
+        product = (
+            torch.mm(columns, rows, out_dtype=total.dtype) if widens(x) else torch.mm(columns, rows).to(total.dtype)
+        )
+        if first:
+            torch.mul(product, largest, out=slab)
+        else:
+            slab.addcmul_(product, largest)
 
 
 def add_weighted_rows(total: Tensor, z: Tensor, factors: Tensor) -> None:

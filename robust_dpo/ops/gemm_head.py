@@ -9,20 +9,32 @@ from robust_dpo.kernels.row_logprob import RowLogprob, RowLogprobLauncher
 from robust_dpo.ops import gemm
 from robust_dpo.ops.head import HeadGradients, HeadWeights, LinearHead
 
+_ALIGNMENT = 64
+
 
 class GemmHead(LinearHead):
     """Logits by one GEMM into a tile [n, V], the row kernel in place on it, the gradients by two more GEMMs."""
 
+    overwrites_weight = True
+
     def __init__(
         self, max_rows: int, vocab: int, tile_dtype: torch.dtype, device: torch.device, row_logprob: RowLogprobLauncher
     ) -> None:
-        self._tile = torch.empty((max_rows, vocab), dtype=tile_dtype, device=device)
+        # Rows that begin at multiples of 128 bytes: every load of a kernel is aligned, and cuBLAS has its fast path.
+        stride = -(-vocab // _ALIGNMENT) * _ALIGNMENT if device.type == "cuda" else vocab
+        self._storage = torch.empty((max_rows, stride), dtype=tile_dtype, device=device)
+        self._vocab = vocab
         self._row_logprob = row_logprob
+
+    @staticmethod
+    def hidden_dtype(dtype: torch.dtype) -> torch.dtype:
+        """That of the product, which is rounded once and multiplied by its factor at the end."""
+        return dtype
 
     def forward(
         self, head: HeadWeights, x: Tensor, targets: Tensor, *, keep: bool, entropy: bool = False
     ) -> RowLogprob:
-        tile = self._tile[: len(x)]
+        tile = self._tile(len(x), self._storage.dtype)
         gemm.logits_into(tile, x, head.weight)
         return self._row_logprob(
             tile,
@@ -30,7 +42,7 @@ class GemmHead(LinearHead):
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
-            grad_out=self._gradient_tile(len(x), x.dtype) if keep else None,
+            grad_out=self._tile(len(x), x.dtype) if keep else None,
             entropy=entropy,
         )
 
@@ -44,17 +56,17 @@ class GemmHead(LinearHead):
         gradients: HeadGradients,
         start: int,
     ) -> None:
-        z = self._gradient_tile(len(x), x.dtype)
-        column = coefficients[:, None]
-        if gradients.hidden is not None:
-            out = gradients.hidden[start : start + len(x)]
-            torch.mul(gemm.times_weight(z, head.weight), column, out=out)
+        z = self._tile(len(x), x.dtype)
+        if gradients.hidden is not None and gradients.hidden_factors is not None:
+            rows = slice(start, start + len(x))
+            gemm.times_weight_into(gradients.hidden[rows], z, head.weight)
+            gradients.hidden_factors[rows] = coefficients
         if gradients.weight is not None:
-            gemm.add_product(gradients.weight, z, x, coefficients)
+            gemm.add_product(gradients.weight, z, x, coefficients, first=gradients.weight_is_empty)
+            gradients.weight_is_empty &= len(x) == 0
         if gradients.bias is not None:
             gemm.add_weighted_rows(gradients.bias, z, coefficients)
 
-    def _gradient_tile(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """Where softmax − onehot goes: over the front of each row, in the dtype that the GEMMs take."""
-        tile = self._tile[:rows]
-        return tile if tile.dtype == dtype else tile.view(dtype)[:, : tile.shape[1]]
+    def _tile(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """[rows, V] of the workspace in a dtype that is no wider: softmax − onehot goes over the front of each row."""
+        return self._storage[:rows].view(dtype)[:, : self._vocab]

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robust_dpo.kernels.rescale import RescaleLauncher
 from robust_dpo.kernels.row_logprob import RowLogprob
+from robust_dpo.ops.scaling import product
 
 
 @dataclass(frozen=True)
@@ -46,39 +48,41 @@ class HeadGradients:
     """Accumulators of the gradients that somebody needs; the others are None.
 
     Args:
-        hidden: [N, H] in the accumulation dtype, a row for every response row.
+        hidden: [N, H], a row for every response row; the gradient of the row is its entry of `hidden_factors` times it.
+        hidden_factors: [N] in the accumulation dtype.
         weight: [V, H] in the accumulation dtype.
         bias: [V] in the accumulation dtype.
+        weight_is_empty: nothing was written to `weight` yet, whose contents are undefined.
     """
 
     hidden: Tensor | None
+    hidden_factors: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-
-    @staticmethod
-    def allocate(head: HeadWeights, rows: int, hidden: bool, weight: bool, bias: bool) -> HeadGradients:
-        vocab, width = head.weight.shape
-        zeros = head.weight.new_zeros
-        dtype = head.accumulation_dtype
-        return HeadGradients(
-            zeros((rows, width), dtype=dtype) if hidden else None,
-            zeros((vocab, width), dtype=dtype) if weight else None,
-            zeros(vocab, dtype=dtype) if bias else None,
-        )
+    weight_is_empty: bool
 
     @property
     def wanted(self) -> bool:
         return any(part is not None for part in (self.hidden, self.weight, self.bias))
 
-    def scale_(self, factor: float) -> None:
-        """Multiply everything accumulated so far."""
-        for part in (self.hidden, self.weight, self.bias):
+    def finished_hidden(self, dtype: torch.dtype) -> Tensor | None:
+        """[N, H] the gradient of the rows in `dtype`; uses up `hidden`."""
+        if self.hidden is None or self.hidden_factors is None:
+            return None
+        return product(self.hidden, self.hidden_factors[:, None], dtype, reuse=True)
+
+    def rescale(self, factor: Tensor, rescale: RescaleLauncher) -> None:
+        """Multiply everything accumulated so far by a factor [] on the device."""
+        for part in (self.hidden_factors, self.weight, self.bias):
             if part is not None:
-                part *= factor
+                rescale(part, factor)
 
 
 class LinearHead(ABC):
     """A head with the workspace for chunks of up to `max_rows` rows, reused from chunk to chunk."""
+
+    # Whether `backward` gives the first [V, H] product its place, so that nothing needs to be cleared before it.
+    overwrites_weight = False
 
     @abstractmethod
     def forward(
@@ -101,3 +105,23 @@ class LinearHead(ABC):
 
         Uses up the workspace.
         """
+
+    @staticmethod
+    @abstractmethod
+    def hidden_dtype(dtype: torch.dtype) -> torch.dtype:
+        """The dtype of `HeadGradients.hidden` for a head of `dtype`."""
+
+    def allocate(self, head: HeadWeights, rows: int, hidden: bool, weight: bool, bias: bool) -> HeadGradients:
+        """Accumulators of the gradients that are wanted, as this head fills them."""
+        vocab, width = head.weight.shape
+        dtype = head.accumulation_dtype
+        zeros = head.weight.new_zeros
+        empty = self.overwrites_weight and rows > 0
+        allocate_weight = head.weight.new_empty if empty else zeros
+        return HeadGradients(
+            hidden=head.weight.new_empty((rows, width), dtype=self.hidden_dtype(head.weight.dtype)) if hidden else None,
+            hidden_factors=zeros(rows, dtype=dtype) if hidden else None,
+            weight=allocate_weight((vocab, width), dtype=dtype) if weight else None,
+            bias=zeros(vocab, dtype=dtype) if bias else None,
+            weight_is_empty=empty,
+        )

@@ -8,6 +8,7 @@ from torch import Tensor
 from robust_dpo.checks import FINITE, POSITIVE, check_number
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.groups import GroupLayout
+from robust_dpo.ops.host import fetch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -159,11 +160,36 @@ def check_group_vectors(
 
 def check_values(ref_logps: Tensor | None, calibration: Tensor | None, scores: Tensor | None) -> None:
     """Contents of the same; reads them back from the device."""
-    if calibration is not None and not bool((calibration.isfinite() & (calibration >= 0)).all()):
-        raise argument_error("calibration", "finite values of at least 0", calibration.tolist())
-    for name, vector in (("ref_logps", ref_logps), ("scores", scores)):
-        if vector is not None and not bool(vector.isfinite().all()):
-            raise argument_error(name, "finite values", vector.tolist())
+    refuse_values(fetch(value_flags(ref_logps, calibration, scores))[0], ref_logps, calibration, scores)
+
+
+def value_flags(ref_logps: Tensor | None, calibration: Tensor | None, scores: Tensor | None) -> Tensor | None:
+    """[m] int64 on the device, 1 for each of those given that has a value it must not have; None without any."""
+    given = _given(ref_logps, calibration, scores)
+    if not given:
+        return None
+    valid = [valid_calibration(each) if name == "calibration" else each.isfinite() for name, each in given]
+    return torch.stack([~each.all() for each in valid]).long()
+
+
+def refuse_values(
+    flags: list[int], ref_logps: Tensor | None, calibration: Tensor | None, scores: Tensor | None
+) -> None:
+    """Raise for the first of `value_flags` that is set."""
+    for flag, (name, vector) in zip(flags, _given(ref_logps, calibration, scores), strict=True):
+        if flag:
+            expected = "finite values of at least 0" if name == "calibration" else "finite values"
+            raise argument_error(name, expected, vector.tolist())
+
+
+def _given(ref_logps: Tensor | None, calibration: Tensor | None, scores: Tensor | None) -> list[tuple[str, Tensor]]:
+    named = {"calibration": calibration, "ref_logps": ref_logps, "scores": scores}
+    return [(name, each) for name, each in named.items() if each is not None]
+
+
+def valid_calibration(calibration: Tensor) -> Tensor:
+    """Where h is what it may be, finite and at least 0."""
+    return calibration.isfinite() & (calibration >= 0)
 
 
 def group_calibration(calibration: Tensor | None, layout: GroupLayout, dtype: torch.dtype) -> Tensor | None:

@@ -12,10 +12,13 @@ from robust_dpo import losses
 from robust_dpo.errors import argument_error
 from robust_dpo.ops import inputs
 from robust_dpo.ops.autocast import autocast_dtype, autocast_off
+from robust_dpo.ops.batch_layout import BatchLayout
+from robust_dpo.ops.choose_head import hidden_gradient_dtype
 from robust_dpo.ops.chunking import chunk_rows
-from robust_dpo.ops.grouped_head import GroupedHead, GroupedResult
+from robust_dpo.ops.grouped_head import GroupedHead, GroupedResult, Reference
 from robust_dpo.ops.head import HeadWeights
-from robust_dpo.ops.objective import exact_dtype, forget, name_objective, named, refuse_parameters
+from robust_dpo.ops.objective import forget, name_objective, named, refuse_parameters
+from robust_dpo.ops.precision import exact_dtype
 from robust_dpo.ops.scaling import first_order, scaled
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.robust import RobustObjective
@@ -196,26 +199,28 @@ def _operator(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`GroupedResult`, field by field."""
     with autocast_off(hidden.device):
-        run = GroupedHead(
-            HeadWeights.prepare(weight, compute_dtype, bias, softcap, logit_scale),
-            hidden,
+        head = HeadWeights.prepare(weight, compute_dtype, bias, softcap, logit_scale)
+        layout = BatchLayout.read(
             targets,
             seq_lens,
             group_size,
             group_sizes,
-            max_rows,
-            backend,
-            tile_dtype,
+            len(weight),
+            ref_logps,
+            calibration,
+            scores,
+            head.accumulation_dtype,
         )
+        reference: Reference | Tensor | None = ref_logps
         if ref_hidden is not None and ref_weight is not None:
-            reference = HeadWeights.prepare(ref_weight, compute_dtype, ref_bias, softcap, logit_scale)
-            run.set_reference(reference, ref_hidden)
-        elif ref_logps is not None:
-            run.set_reference_logps(ref_logps)
-        run.set_groups(calibration, scores)
+            ref_head = HeadWeights.prepare(ref_weight, compute_dtype, ref_bias, softcap, logit_scale)
+            reference = Reference(ref_head, ref_hidden)
+        run = GroupedHead(
+            head, hidden, layout, reference, scores, max_rows=max_rows, backend=backend, tile_dtype=tile_dtype
+        )
         return run.solve(named(objective), log_normalizer, needs_hidden, needs_weight, needs_bias)
 
 
@@ -230,8 +235,7 @@ def _fake(
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    needs_hidden, needs_weight, needs_bias = rest[-3:]
-    compute_dtype = rest[-7]
+    compute_dtype, tile_dtype, _, backend, needs_hidden, needs_weight, needs_bias = rest[-7:]
     dtype = torch.promote_types(compute_dtype, torch.float32)
     responses = hidden.shape[0] if seq_lens is None else seq_lens.shape[0]
     groups = group_sizes.shape[0] if group_sizes is not None else responses // (group_size or 1)
@@ -248,10 +252,15 @@ def _fake(
         weights=empty(groups),
         parameter=empty(),
         log_partition=hidden.new_empty((), dtype=exact_dtype(hidden.device)),
-        grad_hidden=empty(*hidden.shape) if needs_hidden else empty(0),
+        grad_hidden=hidden.new_empty(
+            hidden.shape, dtype=hidden_gradient_dtype(hidden.device, compute_dtype, backend, tile_dtype)
+        )
+        if needs_hidden
+        else empty(0),
         grad_weight=empty(*weight.shape) if needs_weight else empty(0),
         grad_bias=empty(weight.shape[0]) if needs_bias else empty(0),
         grad_factor=empty(),
+        hidden_factors=empty(*hidden.shape[:-1]) if needs_hidden else empty(0),
     )
 
 
@@ -262,7 +271,7 @@ _GRADIENTS = {7: 0, 8: 1, 9: 6}  # output of the operator: the input whose gradi
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(output[i] for i in (*_GRADIENTS, 10)))
+    ctx.save_for_backward(*(output[i] for i in (*_GRADIENTS, 10, 11)))
     ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in _GRADIENTS.values()]
     ctx.wanted = inputs[-3:]
 
@@ -270,10 +279,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     result: list[Tensor | None] = [None] * _INPUTS
     if grad_loss is not None:
-        *gradients, factor = ctx.saved_tensors
-        for gradient, dtype, wanted, place in zip(gradients, ctx.dtypes, ctx.wanted, _GRADIENTS.values(), strict=True):
+        *gradients, factor, hidden_factors = ctx.saved_tensors
+        scale = factor * grad_loss
+        scales = ((hidden_factors * scale)[..., None], scale, scale)
+        each = zip(gradients, scales, ctx.dtypes, ctx.wanted, _GRADIENTS.values(), strict=True)
+        for gradient, own_scale, dtype, wanted, place in each:
             if wanted and ctx.needs_input_grad[place]:
-                result[place] = scaled(gradient, factor * grad_loss, dtype)
+                result[place] = scaled(gradient, own_scale, dtype)
     return first_order("linear_preference_loss", result)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from robust_dpo.dispatch import get_row_logprob
 from robust_dpo.kernels.row_logprob import RowLogprob
 from robust_dpo.ops.logp_pass import Logps, fake_logps, logp_pass
-from robust_dpo.ops.rows import ResponseRows, cut_rows
+from robust_dpo.ops.row_selection import select_rows
+from robust_dpo.ops.rows import cut_rows
 
 
 @torch.library.custom_op("robust_dpo::logits_logps", mutates_args=())
@@ -25,7 +26,7 @@ def logits_logps(
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [S], token log-probs and entropies shaped like `targets` (entropies empty where not asked for)."""
-    rows = ResponseRows.select(targets, seq_lens, logits.shape[-1])
+    rows = select_rows(targets, seq_lens, logits.shape[-1])
     launch = get_row_logprob(backend, logits.device, logits.dtype)
 
     def forward(start: int, stop: int) -> RowLogprob:
@@ -54,7 +55,7 @@ def _backward(
     backend: str,
 ) -> Tensor:
     """Gradient of the logits, in their dtype; zero in rows whose target is −100."""
-    rows = ResponseRows.select(targets, seq_lens, logits.shape[-1])
+    rows = select_rows(targets, seq_lens, logits.shape[-1])
     launch = get_row_logprob(backend, logits.device, logits.dtype)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     coefficients = rows.coefficients(grad_logps, grad_token_logps, dtype)

@@ -23,15 +23,17 @@ def logp_pass(
     forward: Callable[[int, int], RowLogprob],
 ) -> Logps:
     """Run `forward(start, stop)` over the response rows, at most `max_rows` at a time."""
-    logps = torch.zeros(len(rows.lengths), dtype=dtype, device=targets.device)
     token_logps = torch.zeros(rows.count, dtype=dtype, device=targets.device)
     entropies = torch.zeros_like(token_logps)
     for start, stop in cut_rows(0, rows.count, max_rows):
         result = forward(start, stop)
-        rows.add_to_sequences(logps, result.logp, start)
         token_logps[start:stop] = result.logp
         if result.entropy is not None:
             entropies[start:stop] = result.entropy
+    if rows.counted is not None:
+        for each in (token_logps, entropies):
+            each.masked_fill_(~rows.counted, 0.0)
+    logps = rows.sequence_sums(token_logps, 0, len(rows.lengths))
     spread = rows.spread(entropies, targets.shape) if entropy else logps.new_empty(0)
     return logps, rows.spread(token_logps, targets.shape), spread
 

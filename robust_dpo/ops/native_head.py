@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from robust_dpo.kernels import linear_head_cpu as native
@@ -15,6 +16,11 @@ class NativeHead(LinearHead):
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._tile: native.Tile | None = None
+
+    @staticmethod
+    def hidden_dtype(dtype: torch.dtype) -> torch.dtype:
+        """The kernel's accumulators, with the coefficients applied."""
+        return torch.promote_types(dtype, torch.float32)
 
     def forward(
         self, head: HeadWeights, x: Tensor, targets: Tensor, *, keep: bool, entropy: bool = False
@@ -43,6 +49,9 @@ class NativeHead(LinearHead):
         start: int,
     ) -> None:
         assert self._tile is not None, "backward needs a forward with keep=True"
+        rows = slice(start, start + len(x))
+        if gradients.hidden_factors is not None:
+            gradients.hidden_factors[rows] = 1.0
         native.head_backward(
             self._tile,
             x,
@@ -53,7 +62,7 @@ class NativeHead(LinearHead):
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
-            grad_x=None if gradients.hidden is None else gradients.hidden[start : start + len(x)],
+            grad_x=None if gradients.hidden is None else gradients.hidden[rows],
             grad_weight=gradients.weight,
             grad_bias=gradients.bias,
         )

@@ -14,15 +14,11 @@ from torch import Tensor, nn
 from robust_dpo import losses
 from robust_dpo.errors import argument_error
 from robust_dpo.groups import GroupLayout, Groups
+from robust_dpo.ops.precision import exact_dtype
 from robust_dpo.robust import RobustObjective, Solution
 from robust_dpo.robust import resolve as resolve_robust
 
 Loss = str | Callable[..., Tensor] | losses.BoundLoss
-
-
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """What scores and normalisers are computed in: e^s loses digits where s = hℓ/λ is large in fp32."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)

@@ -8,61 +8,32 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from robust_dpo.errors import argument_error
-
-IGNORE_INDEX = -100
+from robust_dpo.ops.precision import exact_dtype
 
 
 @dataclass(frozen=True)
 class ResponseRows:
-    """The N rows whose target counts, response after response.
+    """The N rows that go through the head, response after response.
 
     Args:
-        index: [N] int64, the row in the flattened hidden states, or None where every row counts.
+        index: [N] int64, the row in the flattened hidden states, or None where every row is taken.
         width: T of padded targets [B, T], or None for packed ones.
         targets: [N] int64 in [0, V).
+        counted: [N] bool, False for rows without a target, or None where all have one.
         sequence: [N] int64, the response of each row, ascending.
-        lengths: [S] int64, rows of each response.
+        lengths: [S] int64, targets of each response.
+        seq_offsets: [S + 1] int64, `offsets` on the device.
         offsets: S + 1 row numbers on the host; response s has the rows offsets[s] … offsets[s + 1] − 1.
     """
 
     index: Tensor | None
     width: int | None
     targets: Tensor
+    counted: Tensor | None
     sequence: Tensor
     lengths: Tensor
+    seq_offsets: Tensor
     offsets: list[int]
-
-    @staticmethod
-    def select(targets: Tensor, seq_lens: Tensor | None, vocab: int) -> ResponseRows:
-        """Rows of padded targets [B, T], or of packed targets [N] with `seq_lens` [S]; −100 is left out.
-
-        Raises:
-            ValueError: a target is outside [0, vocab), or `seq_lens` does not add up to the number of targets.
-        """
-        flat = targets.reshape(-1)
-        if seq_lens is None:
-            count = targets.shape[0]
-            sequence = torch.arange(count, device=flat.device).repeat_interleave(targets.shape[1])
-        else:
-            if seq_lens.numel() and int(seq_lens.min()) < 0:
-                raise argument_error("seq_lens", "lengths of at least 0", int(seq_lens.min()))
-            if int(seq_lens.sum()) != flat.numel():
-                raise argument_error("seq_lens", f"a sum of {flat.numel()}, the rows of hidden", int(seq_lens.sum()))
-            count = len(seq_lens)
-            lens = seq_lens.to(device=flat.device, dtype=torch.int64)
-            sequence = torch.arange(count, device=flat.device).repeat_interleave(lens)
-        kept = flat != IGNORE_INDEX
-        index = None if bool(kept.all()) else kept.nonzero()[:, 0]
-        if index is not None:
-            flat, sequence = flat[index], sequence[index]
-        if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= vocab):
-            wrong = flat[(flat < 0) | (flat >= vocab)][0]
-            raise argument_error("targets", f"{IGNORE_INDEX} or a token in [0, {vocab})", int(wrong))
-        lengths = torch.bincount(sequence, minlength=count)
-        offsets = [0, *lengths.cumsum(0).tolist()]
-        width = targets.shape[1] if seq_lens is None else None
-        return ResponseRows(index, width, flat.to(torch.int64).contiguous(), sequence, lengths, offsets)
 
     @property
     def count(self) -> int:
@@ -96,16 +67,19 @@ class ResponseRows:
             total -= grad_sequences[self.sequence]
         if grad_tokens is not None:
             total -= self.gather(grad_tokens, 0, self.count)
-        return total
+        return total if self.counted is None else total.masked_fill_(~self.counted, 0.0)
 
-    def add_to_sequences(self, sums: Tensor, values: Tensor, start: int) -> None:
-        """Add the values of rows start, start + 1, … to `sums` [S], each to its response.
+    def sequence_sums(self, values: Tensor, first: int, last: int) -> Tensor:
+        """[last − first] sums of the values [n] of the rows of responses first … last − 1, always in the same order.
 
-        Summed in float64: a response has thousands of tokens, and the robust weights are exponentials of the sums.
+        Taken in float64: a response has thousands of tokens, and the robust weights are exponentials of the sums.
         """
-        sequence = self.sequence[start : start + len(values)]
-        exact = torch.zeros(len(sums), dtype=torch.float64, device=sums.device)
-        sums += exact.index_add_(0, sequence, values.double()).to(sums.dtype)
+        start = self.offsets[first]
+        exact = values.to(exact_dtype(values.device))
+        if self.counted is not None:
+            exact = exact.masked_fill(~self.counted[start : self.offsets[last]], 0.0)
+        offsets = self.seq_offsets[first : last + 1] - start
+        return torch.segment_reduce(exact, "sum", offsets=offsets, unsafe=True, initial=0).to(values.dtype)
 
 
 @dataclass(frozen=True)

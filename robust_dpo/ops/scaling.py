@@ -15,8 +15,13 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     backward pass unless the graph is kept; a compiled backward is out-of-place and lets the compiler decide.
     """
     keeps_graph = type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
-    product = gradient * factor if keeps_graph else gradient.mul_(factor)
-    return product.to(dtype)
+    return product(gradient, factor, dtype, reuse=not keeps_graph)
+
+
+def product(gradient: Tensor, factor: Tensor, dtype: torch.dtype, *, reuse: bool) -> Tensor:
+    """The gradient times a factor, rounded once to `dtype`; in the memory of `gradient` with `reuse`."""
+    narrower = dtype.itemsize > gradient.dtype.itemsize
+    return (gradient.mul_(factor) if reuse and not narrower else gradient * factor).to(dtype)
 
 
 def first_order(operator: str, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -13,10 +13,11 @@ from robust_dpo.ops import inputs
 from robust_dpo.ops.autocast import autocast_dtype, autocast_off
 from robust_dpo.ops.choose_head import choose_head
 from robust_dpo.ops.chunking import chunk_rows
-from robust_dpo.ops.head import HeadGradients, HeadWeights
+from robust_dpo.ops.head import HeadWeights
 from robust_dpo.ops.logits_logps import logits_logps
 from robust_dpo.ops.logp_pass import Logps, fake_logps, logp_pass
-from robust_dpo.ops.rows import ResponseRows, cut_rows
+from robust_dpo.ops.row_selection import select_rows
+from robust_dpo.ops.rows import cut_rows
 
 
 class SequenceLogps(NamedTuple):
@@ -141,7 +142,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [S], token log-probs and entropies shaped like `targets` (entropies empty where not asked for)."""
     head = HeadWeights.prepare(weight, compute_dtype, bias, softcap, logit_scale)
-    rows = ResponseRows.select(targets, seq_lens, weight.shape[0])
+    rows = select_rows(targets, seq_lens, weight.shape[0])
     engine = choose_head(head.weight, max_rows, backend=backend, tile_dtype=tile_dtype)
 
     def forward(start: int, stop: int) -> RowLogprob:
@@ -176,22 +177,23 @@ def _backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias in the accumulation dtype; empty where not needed."""
+    """Gradients of hidden, weight and bias; empty where not needed."""
     head = HeadWeights.prepare(weight, compute_dtype, bias, softcap, logit_scale)
-    rows = ResponseRows.select(targets, seq_lens, weight.shape[0])
-    gradients = HeadGradients.allocate(head, rows.count, needs_hidden, needs_weight, needs_bias)
+    rows = select_rows(targets, seq_lens, weight.shape[0])
     engine = choose_head(head.weight, max_rows, backend=backend, tile_dtype=tile_dtype)
+    gradients = engine.allocate(head, rows.count, needs_hidden, needs_weight, needs_bias)
     coefficients = rows.coefficients(grad_logps, grad_token_logps, head.accumulation_dtype)
     with autocast_off(hidden.device):
         for start, stop in cut_rows(0, rows.count, max_rows):
             x, t = rows.gather(hidden, start, stop).to(compute_dtype), rows.targets[start:stop]
             kept = engine.forward(head, x, t, keep=True)
             engine.backward(head, x, t, kept, coefficients[start:stop], gradients, start)
-    empty = coefficients.new_empty
+    empty = hidden.new_empty
+    grad_hidden = gradients.finished_hidden(hidden.dtype)
     return (
-        empty(0) if gradients.hidden is None else rows.spread(gradients.hidden, hidden.shape),
-        empty(0) if gradients.weight is None else gradients.weight,
-        empty(0) if gradients.bias is None else gradients.bias,
+        empty(0) if grad_hidden is None else rows.spread(grad_hidden, hidden.shape),
+        empty(0) if gradients.weight is None else gradients.weight.to(weight.dtype),
+        empty(0) if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype),
     )
 
 
@@ -203,12 +205,12 @@ def _fake_backward(
     weight: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(rest[5], torch.float32)
     needs_hidden, needs_weight, needs_bias = rest[-3:]
+    bias = rest[2]
     return (
-        hidden.new_empty(hidden.shape if needs_hidden else (0,), dtype=dtype),
-        hidden.new_empty(weight.shape if needs_weight else (0,), dtype=dtype),
-        hidden.new_empty(weight.shape[:1] if needs_bias else (0,), dtype=dtype),
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if needs_bias else hidden.new_empty(0),
     )
 
 
@@ -225,8 +227,7 @@ def _autograd(ctx: Any, grad_logps: Tensor | None, grad_token_logps: Tensor | No
     if grad_logps is None and grad_token_logps is None:
         return (None,) * 12
     result = _backward(grad_logps, grad_token_logps, *tensors, *ctx.settings, *needs)
-    owners = (tensors[0], tensors[1], tensors[4])
-    grads = [g.to(owner.dtype) if need else None for g, owner, need in zip(result, owners, needs, strict=True)]
+    grads = [gradient if need else None for gradient, need in zip(result, needs, strict=True)]
     return grads[0], grads[1], None, None, grads[2], *(None,) * 7
 
 

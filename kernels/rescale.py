@@ -1,0 +1,18 @@
+"""rescale: a conditional multiplication, decided where the factor is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class RescaleLauncher(Protocol):
+    """rescale on one backend: `total *= factor`, and next to nothing where the factor is exactly 1.
+
+    Args:
+        total: contiguous fp32 or float64, of any shape, changed in place.
+        factor: [] fp32 or float64 on the same device; the host does not read it.
+    """
+
+    def __call__(self, total: Tensor, factor: Tensor) -> None: ...

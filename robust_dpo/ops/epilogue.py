@@ -1,0 +1,95 @@
+"""Between the two halves of a chunk: from token log-probs to the coefficients of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from robust_dpo.dispatch import get_group_epilogue
+from robust_dpo.groups import GroupLayout
+from robust_dpo.kernels.group_epilogue import HEADROOM, EpilogueVectors, GroupEpilogueLauncher, NativeLoss
+from robust_dpo.ops.objective import Objective, Responses, group_epilogue
+from robust_dpo.ops.precision import exact_dtype
+from robust_dpo.ops.rows import Chunk, ResponseRows
+from robust_dpo.robust import ExponentialTilt
+
+
+class Epilogue(Protocol):
+    """Fills in the entries of a chunk's groups in `EpilogueVectors`; see `GroupEpilogueLauncher`."""
+
+    def __call__(self, chunk: Chunk, tilt: ExponentialTilt | None) -> None: ...
+
+
+def choose_epilogue(
+    objective: Objective,
+    vectors: EpilogueVectors,
+    rows: ResponseRows,
+    layout: GroupLayout,
+    *,
+    backend: str,
+    dtype: torch.dtype,
+) -> Epilogue:
+    """One launch for a built-in loss where the backend of tiles of `dtype` has it, otherwise autograd."""
+    device = vectors.token_logps.device
+    # A kernel compares scores in fp32, where those that differ in float64 may be ties.
+    exact_scores = vectors.scores is not None and vectors.scores.dtype == torch.float64
+    launcher = get_group_epilogue(backend, device, dtype, objective.loss, vectors.widest)
+    if launcher is None or exact_scores or vectors.token_logps.dtype != torch.float32:
+        return AutogradEpilogue(objective, vectors, rows, layout)
+    return NativeEpilogue(launcher, vectors, NativeLoss(objective.loss.name, dict(objective.loss.arguments)))
+
+
+@dataclass(frozen=True)
+class NativeEpilogue:
+    """All of it in one kernel."""
+
+    launcher: GroupEpilogueLauncher
+    vectors: EpilogueVectors
+    loss: NativeLoss
+
+    def __call__(self, chunk: Chunk, tilt: ExponentialTilt | None) -> None:
+        self.launcher(self.vectors, self.loss, None if tilt is None else tilt.temperature, *chunk.groups)
+
+
+@dataclass(frozen=True)
+class AutogradEpilogue:
+    """The same in PyTorch, for every differentiable loss; no number is read on the host."""
+
+    objective: Objective
+    vectors: EpilogueVectors
+    rows: ResponseRows
+    layout: GroupLayout
+
+    def __call__(self, chunk: Chunk, tilt: ExponentialTilt | None) -> None:
+        v, groups, sequences = self.vectors, slice(*chunk.groups), slice(*chunk.sequences)
+        rows = slice(self.rows.offsets[sequences.start], self.rows.offsets[sequences.stop])
+        v.logps[sequences] = self.rows.sequence_sums(v.token_logps[rows], *chunk.sequences)
+        if v.ref_token_logps is not None and v.ref_logps is not None:
+            v.ref_logps[sequences] = self.rows.sequence_sums(v.ref_token_logps[rows], *chunk.sequences)
+        layout = self.layout.part(*chunk.groups, *chunk.sequences)
+        responses = Responses(v.logps, v.lengths, v.ref_logps, v.scores).part(sequences)
+        v.losses[groups], v.derivative[sequences] = group_epilogue(self.objective, responses, layout)
+        if tilt is None or v.state is None or v.coefficients is None:
+            return
+        calibration = None if v.calibration is None else v.calibration[groups]
+        losses = v.losses[groups].to(exact_dtype(v.losses.device))
+        scores = tilt.tilt(losses, None if calibration is None else calibration.to(losses.dtype))
+        weights = _accumulate(v.state, scores).to(v.losses.dtype) * tilt.factor(calibration, v.losses[groups])
+        coefficients = -weights[layout.group_of] * v.derivative[sequences]
+        per_row = coefficients[self.rows.sequence[rows] - sequences.start]
+        v.coefficients[rows] = per_row if v.counted is None else per_row.masked_fill(~v.counted[rows], 0.0)
+
+
+def _accumulate(state: Tensor, scores: Tensor) -> Tensor:
+    """[G] e^{s − shift}, after a chunk's scores have moved the state (shift, Σ e^{s − shift}, rescale) on."""
+    shift, total, _ = state.unbind()
+    highest = scores.amax()
+    first = shift == float("-inf")
+    moved = torch.where(first | (highest > shift + HEADROOM), highest, shift)
+    rescale = torch.where(first, 1.0, (shift - moved).exp())
+    weights = (scores - moved).exp()
+    state.copy_(torch.stack([moved, total * rescale + weights.sum(), rescale]))
+    return weights
