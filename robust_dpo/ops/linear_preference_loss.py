@@ -57,6 +57,11 @@ def linear_preference_loss(
     rows, 8 with a live reference. Aggregations that are not exponential tilts (`single_pass` False) take a pass over
     the log-probs first (+2). logits = softcap·tanh(logit_scale·(x Wᵀ + bias)/softcap).
 
+    On a GPU the lengths of the responses are read once, before the first product, and contents are checked with them.
+    Packed rows with `seq_lens` on the CPU (`group_sizes`, where given, there too) need no read: the host never waits,
+    and after a first call with the same lengths the call can be captured into a CUDA graph. Then rows of ignored
+    targets are computed and weigh nothing, and what is wrong in a tensor's contents makes the loss NaN.
+
     Args:
         hidden: [B, T, H], one response in every row, rows of a group adjacent; or [N, H], responses packed one after
             the other, with `seq_lens`. fp32, bf16, fp16 or float64.
@@ -64,7 +69,7 @@ def linear_preference_loss(
         targets: [B, T] or [N] int64, the token that each position predicts (already shifted), −100 where ignored.
         group_size: responses of every group (2: chosen, rejected).
         group_sizes: [G] integers, for groups of different sizes; `group_size` is then not used.
-        seq_lens: [S] integers, rows of each packed response.
+        seq_lens: [S] integers, rows of each packed response; on the CPU, or beside the targets.
         bias: [V] of the head.
         ref_logps: [S] log-probs of the responses under the reference, or
         ref_hidden: the reference's hidden states, shaped like `hidden` in its leading dimensions, with

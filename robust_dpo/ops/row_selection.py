@@ -53,8 +53,10 @@ class RowSelection:
             counts = last - first
             least, total = torch.cat([lens, lens.new_zeros(1)]).amin(), lens.sum()
         wrong = kept & ((flat < 0) | (flat >= vocab))
-        sample = torch.cat([flat, flat.new_zeros(1)]).long()[wrong.byte().argmax() if len(flat) else 0]
-        facts = torch.cat([counts, torch.stack([least, total, wrong.sum(), sample])])
+        # By index_select: plain indexing with a scalar reads it on the host.
+        end = wrong.new_ones(1)
+        sample = torch.cat([flat.long(), end.long()]).index_select(0, torch.cat([wrong, end]).byte().argmax()[None])
+        facts = torch.cat([counts, torch.stack([least, total, wrong.sum()]), sample])
         return RowSelection(targets, seq_lens, vocab, facts)
 
     def finish(self, facts: list[int]) -> ResponseRows:
