@@ -14,8 +14,10 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -39,6 +41,9 @@ from robust_dpo.kernels.triton_aot import (
 )
 
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SUMMARY_COLUMNS = (
+    *("kernel", "target", "variants", "hot", "registers", "spilled (hot)", "shared", "loop loads (hot)", "problems"),
+)
 COLUMNS = (
     "kernel",
     "variant",
@@ -46,11 +51,12 @@ COLUMNS = (
     "hot",
     "warps",
     "registers",
-    "spilled B",
-    "shared B",
-    "loop loads B",
+    "spilled",
+    "shared",
+    "loop loads",
     "problems",
 )
+NUMBERS = ("variants", "hot", "warps", "registers", "spilled", "spilled (hot)", "shared")
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,9 @@ def run_job(job: Job) -> Outcome:
     try:
         return Outcome(job, compile_variant(_variants(job.module)[job.variant], TARGETS[job.target]))
     except (TritonError, RuntimeError, ValueError) as error:
-        return Outcome(job, None, f"{type(error).__name__}: {error}")
+        # Triton's message is an excerpt of the source; what is wrong there is in the cause.
+        reasons = [f"{type(error).__name__}: {error}", *filter(None, [str(error.__cause__ or "")])]
+        return Outcome(job, None, "\n".join(reasons))
 
 
 def run_all(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
@@ -136,26 +144,67 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 
 def cells(outcome: Outcome) -> list[str]:
     """The row of one outcome, as in `COLUMNS`; spilled and shared memory and the widths of loads in bytes."""
-    job, report, problems = outcome.job, outcome.report, "; ".join(outcome.problems())
-    if report is None:  # the reason is in the last line, below an excerpt of the source
-        return [job.kernel, job.variant, job.target, *[""] * 6, f"does not compile: {problems.splitlines()[-1]}"]
-    loads = ", ".join(f"{width} ×{count}" for width, count in report.loop_loads.items()) or "–"
+    job, report = outcome.job, outcome.report
+    if report is None:
+        reason = [line.strip() for line in (outcome.error or "").splitlines() if re.search(r"\w", line)][-1]
+        return [job.kernel, job.variant, job.target, *[""] * 6, f"does not compile: {reason}"]
     numbers = (report.num_warps, report.registers, report.spill_bytes, report.shared_bytes)
-    return [job.kernel, job.variant, job.target, "yes" if report.hot else "", *map(str, numbers), loads, problems]
+    return [
+        *(job.kernel, job.variant, job.target, "yes" if report.hot else ""),
+        *map(str, numbers),
+        _widths(report.loop_loads),
+        "; ".join(outcome.problems()),
+    ]
 
 
-def as_table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table(title=f"Triton {triton.__version__}", title_justify="left", header_style="bold")
-    for name in COLUMNS:
-        table.add_column(name, justify="right" if name in COLUMNS[4:8] else "left")
+def summary(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """One row per kernel and target, as in `SUMMARY_COLUMNS`."""
+    grouped: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
-        table.add_row(*cells(outcome), style="red" if outcome.problems() else None)
+        grouped.setdefault((outcome.job.kernel, outcome.job.target), []).append(outcome)
+    rows = []
+    for (kernel, target), members in grouped.items():
+        reports = [outcome.report for outcome in members if outcome.report]
+        loads: Counter[int] = sum((Counter(each.loop_loads) for each in reports if each.hot), Counter())
+        rows.append(
+            [
+                *(kernel, target, str(len(members)), str(sum(each.hot for each in reports))),
+                _span(each.registers for each in reports),
+                _span(each.spill_bytes for each in reports if each.hot),
+                _span(each.shared_bytes for each in reports),
+                _widths(dict(sorted(loads.items()))),
+                str(sum(bool(outcome.problems()) for outcome in members) or ""),
+            ]
+        )
+    return rows
+
+
+def _widths(counts: Mapping[int, int]) -> str:
+    return ", ".join(f"{width} ×{count}" for width, count in counts.items()) or "–"
+
+
+def _span(values: Iterable[int]) -> str:
+    """Least and largest."""
+    found = sorted(set(values))
+    return "–" if not found else f"{found[0]} … {found[-1]}" if len(found) > 1 else str(found[0])
+
+
+def as_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name in NUMBERS else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(cells(outcome) for outcome in outcomes)]
-    return "\n".join([f"Triton {triton.__version__}", "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+    """The summary, and every variant."""
+    parts = [f"Compiled by Triton {triton.__version__}; memory and widths of loads in bytes."]
+    for columns, rows in ((SUMMARY_COLUMNS, summary(outcomes)), (COLUMNS, [cells(each) for each in outcomes])):
+        lines = [columns, ["---"] * len(columns), *rows]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join([*parts, ""])
 
 
 def as_json(outcomes: Sequence[Outcome]) -> str:
@@ -174,6 +223,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", default=",".join(DEFAULT_TARGETS), help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--module", action="append", help="read the variants of this module instead of the package's")
     parser.add_argument("--sample", type=int, help="compile this many variants of each kernel, not all")
+    parser.add_argument("--all", action="store_true", help="print every variant, not only those with problems")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--markdown", type=Path, help="write the table there")
@@ -194,12 +244,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = plan(options.module or kernel_modules(), options.targets, options.sample)
     outcomes = list(run_all(jobs, options.jobs))
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(as_table(outcomes))
+    failed = [outcome for outcome in outcomes if outcome.problems()]
+    console.print(as_table(f"Triton {triton.__version__}", SUMMARY_COLUMNS, summary(outcomes)))
+    if shown := outcomes if options.all else failed:
+        console.print(as_table("Variants" if options.all else "Problems", COLUMNS, map(cells, shown)))
     if options.json:
         options.json.write_text(as_json(outcomes), encoding="utf-8")
     if options.markdown:
         options.markdown.write_text(as_markdown(outcomes), encoding="utf-8")
-    failed = [outcome for outcome in outcomes if outcome.problems()]
     console.print(f"{len(outcomes)} variants compiled, {len(failed)} with problems", highlight=False)
     return 1 if failed else 0
 
