@@ -1,0 +1,263 @@
+"""Triton device functions over one row of logits in blocks: where 16-byte loads lie, statistics, results, gradient.
+
+A row is cut into up to VECTOR - 1 elements in front of the first 16-byte boundary, whole vectors of 16 bytes, and up
+to VECTOR - 1 elements behind them. Vectors are a block of [LANES, VECTOR] whose mask is constant along a vector, so
+that the compiler loads each in one instruction, whatever the vocabulary, the row stride and the base address (it is
+told that they begin at multiples of 16 bytes); the two ends are one tiny block, the edge. Where it is known beforehand
+that there is no edge (ALIGNED), it is left out.
+
+Each lane keeps a running maximum m of the logits v it has seen, s = Σ e^{v − m} without the target, and, for the
+entropy, t = Σ e^{v − m} (v − m) without the target. A vector lies in one thread, so the loop over a row needs no
+barrier and no shuffle, and one exponential per element (and one per vector, for the old sum). Leaving the target out
+keeps log p and p − 1 of a nearly certain target, where 1 − Σ of the others would have cancelled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Where running maxima start: minus infinity for every finite logit, but its differences are never inf - inf. A row of
+# -inf keeps it, with a sum of 0.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+# e^d is 0 in fp32 long before; keeps 0 · d finite.
+FAINT = tl.constexpr(-200.0)
+
+
+@triton.jit
+def row_start(p_matrix: tl.tensor, i_row: tl.tensor, stride: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
+    """First element of a row; rows of ALIGNED matrices begin at multiples of 16 bytes."""
+    p_row = p_matrix + i_row * stride
+    return tl.multiple_of(p_row, 16) if ALIGNED else p_row
+
+
+@triton.jit
+def row_head(p_row: tl.tensor, vocab: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
+    """Elements in front of the first 16-byte boundary of a row."""
+    head = vocab * 0
+    if not ALIGNED:
+        ITEMSIZE: tl.constexpr = p_row.dtype.element_ty.primitive_bitwidth // 8
+        to_boundary = (-p_row.to(tl.int64) & 15) // ITEMSIZE
+        head = tl.minimum(to_boundary.to(vocab.dtype), vocab)
+    return head
+
+
+@triton.jit
+def edge_columns(
+    head: tl.tensor, first_vec: tl.tensor, n_vec: tl.tensor, vocab: tl.tensor, VECTOR: tl.constexpr
+) -> tuple:
+    """Columns [2 · VECTOR] in front of and behind the whole vectors, and which of them there are.
+
+    The edge belongs to the program that has the first vector.
+    """
+    o = tl.arange(0, 2 * VECTOR)
+    o_col = tl.where(o < VECTOR, o, head + n_vec * VECTOR + o - VECTOR)
+    m_col = tl.where(o < VECTOR, o < head, o_col < vocab)
+    return o_col, m_col & (o * 0 + first_vec == 0)
+
+
+@triton.jit
+def transform(
+    b_z: tl.tensor,
+    p_bias: tl.tensor,
+    o_col: tl.tensor,
+    m_col: tl.tensor,
+    has_bias: tl.tensor,
+    logit_scale: tl.tensor,
+    softcap: tl.tensor,
+    TRANSFORMED: tl.constexpr,
+) -> tuple:
+    """Logits v of the tile's values z, and dv/dz; without TRANSFORMED there is neither bias nor softcap (0)."""
+    b_v = b_z.to(tl.float32)
+    if TRANSFORMED:
+        b_bias = tl.load(p_bias + o_col, mask=tl.where(m_col, has_bias, 0) != 0, other=0.0)
+        b_v = (b_v + b_bias) * logit_scale
+        b_slope = tl.zeros_like(b_v) + logit_scale
+        if softcap > 0:
+            b_x = b_v / softcap
+            # tanh through e^{−2|x|}: nothing overflows, and 1 − tanh² keeps its digits where the tanh saturates.
+            b_decay = tl.exp(-2 * tl.abs(b_x))
+            b_tanh = (1 - b_decay) / (1 + b_decay)
+            b_v = softcap * tl.where(b_x < 0, -b_tanh, b_tanh)
+            b_slope = logit_scale * (4 * b_decay / ((1 + b_decay) * (1 + b_decay)))
+        return b_v, b_slope
+    else:
+        return b_v * logit_scale, logit_scale
+
+
+@triton.jit
+def load_target(
+    p_row: tl.tensor,
+    p_target: tl.tensor,
+    vocab: tl.tensor,
+) -> tuple:
+    """Column of the target, -1 where it lies outside of the vocabulary, and its value z, NaN there."""
+    target = tl.load(p_target)
+    inside = (target >= 0) & (target < vocab)
+    z_target = tl.load(p_row + target, mask=inside, other=float("nan")).to(tl.float32)
+    return tl.where(inside, target, -1).to(vocab.dtype), z_target
+
+
+@triton.jit
+def weigh(b_v: tl.tensor, b_max: tl.tensor, m_other: tl.tensor, ENTROPY: tl.constexpr) -> tuple:
+    """Terms of s and t of logits along axis 1, against one maximum per entry of axis 0."""
+    b_d = b_v - b_max[:, None]
+    b_e = tl.where(m_other, tl.exp(b_d), 0.0)
+    b_t = tl.zeros_like(b_max)
+    if ENTROPY:
+        b_t = tl.sum(b_e * tl.maximum(b_d, FAINT), 1)
+    return tl.sum(b_e, 1), b_t
+
+
+@triton.jit
+def move(b_max: tl.tensor, b_new: tl.tensor, b_s: tl.tensor, b_t: tl.tensor) -> tuple:
+    """s and t of an old maximum, for a new one: Σ e^{v−n}(v − n) = e^{m−n} (t + s (m − n))."""
+    b_shift = tl.maximum(b_max - b_new, FAINT)
+    b_decay = tl.exp(b_shift)
+    return b_s * b_decay, (b_t + b_s * b_shift) * b_decay
+
+
+@triton.jit
+def row_statistics(
+    p_row: tl.tensor,
+    p_bias: tl.tensor,
+    head: tl.tensor,
+    first_vec: tl.tensor,
+    last_vec: tl.tensor,
+    n_vec: tl.tensor,
+    vocab: tl.tensor,
+    target: tl.tensor,
+    has_bias: tl.tensor,
+    logit_scale: tl.tensor,
+    softcap: tl.tensor,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TRANSFORMED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EVICTION: tl.constexpr,
+) -> tuple:
+    """(m, s, t) of vectors first_vec … last_vec − 1 of a row, and of its edge with the first."""
+    b_m = tl.full([LANES], LOWEST, tl.float32)
+    b_s = tl.zeros([LANES], tl.float32)
+    b_t = tl.zeros([LANES], tl.float32)
+    if not ALIGNED:
+        # Every lane starts from the maximum of the edge; its sums are those of lane 0.
+        o_col, m_col = edge_columns(head, first_vec, n_vec, vocab, VECTOR)
+        b_edge = tl.load(p_row + o_col, mask=m_col, other=0.0)
+        b_v_edge, _ = transform(b_edge, p_bias, o_col, m_col, has_bias, logit_scale, softcap, TRANSFORMED)
+        b_v_edge = tl.where(m_col, b_v_edge, float("-inf"))
+        b_max = tl.maximum(tl.max(b_v_edge[None, :], 1), LOWEST)
+        b_m = tl.maximum(b_m, b_max)
+        s_edge, t_edge = weigh(b_v_edge[None, :], b_max, (o_col != target)[None, :], ENTROPY)
+        m_first = tl.arange(0, LANES) == 0
+        b_s = tl.where(m_first, s_edge, b_s)
+        b_t = tl.where(m_first, t_edge, b_t)
+    p_body = p_row if ALIGNED else tl.multiple_of(p_row + head, 16)
+    o_lane = tl.arange(0, LANES)
+    o_inner = tl.arange(0, VECTOR)[None, :]
+    for i_vec in range(first_vec, last_vec, LANES):
+        o_vec = i_vec + o_lane
+        m_vec = (o_vec < last_vec)[:, None]
+        o = o_vec[:, None] * VECTOR + o_inner
+        b_z = tl.load(p_body + o, mask=m_vec, other=0.0, eviction_policy=EVICTION)
+        b_v, _ = transform(b_z, p_bias, head + o, m_vec, has_bias, logit_scale, softcap, TRANSFORMED)
+        b_v = tl.where(m_vec, b_v, float("-inf"))
+        b_new = tl.maximum(b_m, tl.max(b_v, 1))
+        b_s, b_t = move(b_m, b_new, b_s, b_t)
+        s_add, t_add = weigh(b_v, b_new, head + o != target, ENTROPY)
+        b_s += s_add
+        b_t += t_add
+        b_m = b_new
+    return fold(b_m, b_s, b_t)
+
+
+@triton.jit
+def fold(b_m: tl.tensor, b_s: tl.tensor, b_t: tl.tensor) -> tuple:
+    """(m, s, t) of the union, from those of parts; the tree of the sum is fixed, so the bits are too."""
+    m = tl.max(b_m, 0)
+    b_s, b_t = move(b_m, tl.zeros_like(b_m) + m, b_s, b_t)
+    return m, tl.sum(b_s, 0), tl.sum(b_t, 0)
+
+
+@triton.jit
+def finish(m: tl.tensor, s: tl.tensor, t: tl.tensor, v_target: tl.tensor, target: tl.tensor) -> tuple:
+    """Of a whole row: logp, lse, entropy, Σ e^{v − m} with the target, and p(target) − 1."""
+    inside = target >= 0
+    d_target = v_target - m
+    e_target = tl.where(inside, tl.exp(d_target), 0.0)
+    total = s + e_target
+    # log1p of the odds against the target, by the quotient log(u)/(u − 1) that cancels the rounding of u = 1 + odds.
+    odds = s / e_target
+    u = 1 + odds
+    log1p = tl.where(u == 1, odds, tl.log(u) * (odds / tl.where(u == 1, 1.0, u - 1)))
+    log_total = tl.log(total)
+    logp = tl.where(e_target > s, -log1p, d_target - log_total)
+    t_total = t + tl.where(inside, e_target * tl.maximum(d_target, FAINT), 0.0)
+    return logp, m + log_total, log_total - t_total / total, total, -s / total
+
+
+@triton.jit
+def write_gradient(
+    p_row: tl.tensor,
+    p_grad_row: tl.tensor,
+    p_bias: tl.tensor,
+    head: tl.tensor,
+    first_vec: tl.tensor,
+    last_vec: tl.tensor,
+    n_vec: tl.tensor,
+    vocab: tl.tensor,
+    target: tl.tensor,
+    has_bias: tl.tensor,
+    logit_scale: tl.tensor,
+    softcap: tl.tensor,
+    m: tl.tensor,
+    factor: tl.tensor,
+    target_factor: tl.tensor,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE_STORE: tl.constexpr,
+    TRANSFORMED: tl.constexpr,
+) -> None:
+    """Second touch: factor · e^{v − m} · dv/dz (target_factor · dv/dz at the target) of the vectors and the edge.
+
+    A gradient narrower than the tile may lie over the front of the same row: element i of it covers bytes of tile
+    elements ≤ i. So blocks go upwards, with a barrier between the loads of a block and its stores: then all loads of
+    elements ≤ i, in every warp, are done when i is stored, and stores of earlier blocks never reach later loads. The
+    edge is loaded first and stored last; its front part covers its own columns, and its end, only body columns in
+    front of it, which are done. A gradient of the tile's width only overwrites what the same block has loaded (stores
+    depend on the loads); then blocks go downwards, because the end of the row was touched last and is the likeliest
+    to be in the cache still, even where all rows in flight do not fit.
+    """
+    NARROWED: tl.constexpr = p_grad_row.dtype.element_ty.primitive_bitwidth < p_row.dtype.element_ty.primitive_bitwidth
+    GRAD_TYPE: tl.constexpr = p_grad_row.dtype.element_ty
+    if not ALIGNED:
+        o_edge, m_edge = edge_columns(head, first_vec, n_vec, vocab, VECTOR)
+        b_edge = tl.load(p_row + o_edge, mask=m_edge, other=0.0)
+    p_body = p_row if ALIGNED else tl.multiple_of(p_row + head, 16)
+    p_grad_body = p_grad_row if ALIGNED else p_grad_row + head
+    if WIDE_STORE and not ALIGNED:
+        p_grad_body = tl.multiple_of(p_grad_body, 16)
+    o_lane = tl.arange(0, LANES)
+    o_inner = tl.arange(0, VECTOR)[None, :]
+    for i in range(0, tl.cdiv(last_vec - first_vec, LANES)):
+        if NARROWED:
+            i_vec = first_vec + i * LANES
+        else:
+            i_vec = first_vec + (tl.cdiv(last_vec - first_vec, LANES) - 1 - i) * LANES
+        o_vec = i_vec + o_lane
+        m_vec = (o_vec < last_vec)[:, None]
+        o = o_vec[:, None] * VECTOR + o_inner
+        b_z = tl.load(p_body + o, mask=m_vec, other=0.0, eviction_policy="evict_first")
+        if NARROWED:
+            tl.debug_barrier()
+        b_v, b_slope = transform(b_z, p_bias, head + o, m_vec, has_bias, logit_scale, softcap, TRANSFORMED)
+        b_g = tl.where(head + o == target, target_factor, tl.exp(b_v - m) * factor) * b_slope
+        tl.store(p_grad_body + o, b_g.to(GRAD_TYPE), mask=m_vec)
+    if not ALIGNED:
+        if NARROWED:
+            tl.debug_barrier()
+        b_v_edge, slope_edge = transform(b_edge, p_bias, o_edge, m_edge, has_bias, logit_scale, softcap, TRANSFORMED)
+        b_g_edge = tl.where(o_edge == target, target_factor, tl.exp(b_v_edge - m) * factor) * slope_edge
+        tl.store(p_grad_row + o_edge, b_g_edge.to(GRAD_TYPE), mask=m_edge)
