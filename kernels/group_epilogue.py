@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from robust_dpo.errors import argument_error
 
 
 class NativeLoss(NamedTuple):
@@ -31,7 +34,7 @@ class EpilogueVectors:
         seq_offsets: [S + 1] int64, rows of response s are seq_offsets[s] … seq_offsets[s + 1] − 1.
         group_offsets: [G + 1] int64, responses of group g are group_offsets[g] … group_offsets[g + 1] − 1.
         lengths: [S] tokens of each response, at least 1.
-        scores: [S] quality, higher is better, or None: best first.
+        scores: [S] quality in fp32, bf16 or fp16, higher is better, or None: best first.
         calibration: [G] h, or None for ones.
         logps: [S], filled with the sums of token_logps.
         ref_logps: [S] filled with the sums of ref_token_logps; given where there are none; or None: no reference.
@@ -68,7 +71,9 @@ class GroupEpilogueLauncher(Protocol):
     a `temperature` t also the scores s = hℓ/t (t = ±inf: 0), held to finite fp64 numbers, the factor h, and the
     accumulation: the shift is the largest score of the first chunk, and stays until a score exceeds it by more than
     `HEADROOM`; then it becomes that score, `rescale` is e^{old − new}, and what was accumulated so far must be
-    multiplied by it. Otherwise `rescale` is 1. Sums are taken in a fixed order: results are the same bits in every run.
+    multiplied by it. Otherwise `rescale` is 1. ℓ in s is `losses` as they are stored, so that who normalises by them
+    finds the same s. Sums are taken in a fixed order: results are the same bits in every run. A NaN makes no shift; it
+    reaches Σ, and with it every gradient.
 
     Args:
         vectors: of the whole batch; only entries of these groups, their responses and rows are read and written.
@@ -86,3 +91,54 @@ class GroupEpilogueLauncher(Protocol):
 # Unnormalised weights e^{s − shift} may grow by e³⁰ before the accumulators are rescaled: far from the fp32 overflow at
 # e⁸⁸, and rare enough that rescaling costs nothing.
 HEADROOM = 30.0
+
+
+def check_arguments(vectors: EpilogueVectors, temperature: float | None, first_group: int, last_group: int) -> None:
+    """Refuse what no kernel can run; see `EpilogueVectors` and `GroupEpilogueLauncher`.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout is wrong, something needed is missing, or there are no such groups.
+    """
+    v = vectors
+    rows, responses, groups = len(v.token_logps), len(v.logps), len(v.losses)
+    scores = torch.float32 if v.scores is None or v.scores.dtype == torch.float64 else v.scores.dtype
+    expected = {
+        "token_logps": (v.token_logps, rows, torch.float32),
+        "ref_token_logps": (v.ref_token_logps, rows, torch.float32),
+        "counted": (v.counted, rows, torch.bool),
+        "seq_offsets": (v.seq_offsets, responses + 1, torch.int64),
+        "group_offsets": (v.group_offsets, groups + 1, torch.int64),
+        "lengths": (v.lengths, responses, torch.float32),
+        "scores": (v.scores, responses, scores),
+        "calibration": (v.calibration, groups, torch.float32),
+        "logps": (v.logps, responses, torch.float32),
+        "ref_logps": (v.ref_logps, responses, torch.float32),
+        "losses": (v.losses, groups, torch.float32),
+        "derivative": (v.derivative, responses, torch.float32),
+        "coefficients": (v.coefficients, rows, torch.float32),
+        "state": (v.state, 3, torch.float64),
+    }
+    for name, (vector, size, dtype) in expected.items():
+        if vector is not None:
+            _check_vector(f"vectors.{name}", vector, size, dtype, v.logps.device)
+    if v.ref_token_logps is not None and v.ref_logps is None:
+        raise argument_error("vectors.ref_logps", "a vector to fill with the sums of ref_token_logps", None)
+    if temperature is not None:
+        if not abs(temperature) > 0:
+            raise argument_error("temperature", "a number that is not 0, or None", temperature)
+        for name in ("coefficients", "state"):
+            if expected[name][0] is None:
+                raise argument_error(f"vectors.{name}", "a vector to fill, with a temperature", None)
+    if not 0 <= first_group <= last_group <= groups:
+        raise argument_error("first_group, last_group", f"0 ≤ first ≤ last ≤ {groups}", (first_group, last_group))
+
+
+def _check_vector(name: str, vector: Tensor, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    if vector.shape != (size,):
+        raise argument_error(name, f"shape [{size}]", list(vector.shape))
+    if vector.dtype != dtype:
+        raise argument_error(name, f"dtype {dtype}", vector.dtype)
+    if vector.device != device:
+        raise argument_error(name, f"a tensor on {device}, as logps", vector.device)
+    if not vector.is_contiguous():
+        raise argument_error(name, "a contiguous vector", f"strides {vector.stride()}")
