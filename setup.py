@@ -29,6 +29,16 @@ CPU_EXTENSION = "robust_dpo._cpu"
 # What became of the extension, beside the package, for robust_dpo.backends() to quote.
 BUILD_REPORT = "_build.json"
 
+CPU_SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/calibration_weights_cpu.cpp",
+    "csrc/epilogue_bindings.cpp",
+    "csrc/formulas_bindings.cpp",
+    "csrc/group_epilogue_cpu.cpp",
+    "csrc/head_bindings.cpp",
+    "csrc/parallel.cpp",
+    "csrc/row_logprob_generic.cpp",
+]
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 GNU_LIKE = sys.platform != "win32"
 # Instruction set -> flags and translation units of its own; the choice between them is made at run time.
@@ -58,7 +68,7 @@ def cpu_extension(optional: bool) -> Pybind11Extension:
     with_isas = X86_64 and GNU_LIKE
     extension = Pybind11Extension(
         CPU_EXTENSION,
-        ["csrc/bindings.cpp", "csrc/head_bindings.cpp", "csrc/parallel.cpp", "csrc/row_logprob_generic.cpp"],
+        CPU_SOURCES,
         depends=[str(path) for path in sorted(Path("csrc").glob("*")) if path.suffix in (".h", ".cpp")],
         cxx_std=17,
         define_macros=[("ROBUST_DPO_X86", "1")] if with_isas else [],

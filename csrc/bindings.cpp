@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "epilogue_bindings.h"
 #include "head_bindings.h"
 #include "parallel.h"
 #include "row_logprob.h"
@@ -125,4 +126,7 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("entropy"), py::arg("grad"), py::arg("grad_dtype"), py::arg("grad_stride"), py::arg("row_scale"),
           py::arg("threads"));
     robust_dpo::bind_linear_head(m);
+    robust_dpo::bind_group_epilogue(m);
+    robust_dpo::bind_calibration_weights(m);
+    robust_dpo::bind_formulas(m);
 }
