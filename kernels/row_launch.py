@@ -17,7 +17,9 @@ from robust_dpo.kernels.triton_aot import Variant
 LOAD_BYTES = 16
 # That a thread takes in one step of a loop: 16 registers in fp32, of the 64 that 1,024 threads leave to each. In bf16
 # these are 32 bytes, 4.3 MB under way on 132 multiprocessors, where 3.4 TB/s × 0.7 µs of latency = 2.4 MB are needed.
+# Bias and softcap need registers of their own (16 elements spill on sm_90), and their arithmetic takes longer.
 ELEMENTS_PER_THREAD = 16
+TRANSFORMED_ELEMENTS_PER_THREAD = 8
 # With up to 64 registers per thread the 65,536 of a multiprocessor hold that many threads.
 THREADS_PER_MULTIPROCESSOR = 1024
 # The caches have 40 MB (A100) and 50 MB (H100, H200); the rest is for the rows just done and those about to begin.
@@ -97,7 +99,8 @@ class RowForm:
 
     def lanes(self, threads: int) -> int:
         """Vectors of 16 bytes that a program of that many threads takes in one step of its loop."""
-        return threads * ELEMENTS_PER_THREAD // self.vector
+        elements = TRANSFORMED_ELEMENTS_PER_THREAD if self.transformed else ELEMENTS_PER_THREAD
+        return threads * elements // self.vector
 
     def constants(self, threads: int) -> dict[str, object]:
         """The constexpr parameters of all row kernels, by name, for programs of that many threads."""

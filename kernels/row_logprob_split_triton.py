@@ -137,11 +137,11 @@ def row_merge_kernel(
     tl.store(p_lse + i_row, lse, mask=is_first)
     tl.store(p_entropy + i_row, entropy, mask=is_first & (has_entropy != 0))
     if p_grad is not None:
-        row_scale = tl.load(p_row_scale + i_row, mask=has_row_scale != 0, other=1.0)
+        scale = tl.load(p_row_scale + i_row, mask=has_row_scale != 0, other=1.0) * logit_scale
         p_row = row_start(p_logits, i_row, stride, ALIGNED)
         p_grad_row = row_start(p_grad, i_row, grad_stride, ALIGNED)
         span = span_of(row_head(p_row, vocab, ALIGNED), i_segment, segment_vecs, vocab, target, VECTOR)
-        result = (m, row_scale / total, row_scale * target_factor)
+        result = (m, scale / total, scale * target_factor)
         write_gradient(p_row, p_grad_row, span, head_of_model, result, VECTOR, LANES, ALIGNED, True, TRANSFORMED)
 
 

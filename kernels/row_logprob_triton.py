@@ -75,9 +75,9 @@ def row_logprob_kernel(
     if ENTROPY:
         tl.store(p_entropy + i_row, entropy)
     if p_grad is not None:
-        row_scale = tl.load(p_row_scale + i_row, mask=has_row_scale != 0, other=1.0)
+        scale = tl.load(p_row_scale + i_row, mask=has_row_scale != 0, other=1.0) * logit_scale
         p_grad_row = row_start(p_grad, i_row, grad_stride, ALIGNED)
-        result = (m, row_scale / total, row_scale * target_factor)
+        result = (m, scale / total, scale * target_factor)
         write_gradient(
             p_row, p_grad_row, span, head_of_model, result, VECTOR, LANES, ALIGNED, WIDE_STORE, TRANSFORMED
         )
