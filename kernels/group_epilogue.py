@@ -92,6 +92,8 @@ class GroupEpilogueLauncher(Protocol):
 # e⁸⁸, and rare enough that rescaling costs nothing.
 HEADROOM = 30.0
 
+_FP32 = (torch.float32,)
+
 
 def check_arguments(vectors: EpilogueVectors, temperature: float | None, first_group: int, last_group: int) -> None:
     """Refuse what no kernel can run; see `EpilogueVectors` and `GroupEpilogueLauncher`.
@@ -101,43 +103,42 @@ def check_arguments(vectors: EpilogueVectors, temperature: float | None, first_g
     """
     v = vectors
     rows, responses, groups = len(v.token_logps), len(v.logps), len(v.losses)
-    scores = torch.float32 if v.scores is None or v.scores.dtype == torch.float64 else v.scores.dtype
-    expected = {
-        "token_logps": (v.token_logps, rows, torch.float32),
-        "ref_token_logps": (v.ref_token_logps, rows, torch.float32),
-        "counted": (v.counted, rows, torch.bool),
-        "seq_offsets": (v.seq_offsets, responses + 1, torch.int64),
-        "group_offsets": (v.group_offsets, groups + 1, torch.int64),
-        "lengths": (v.lengths, responses, torch.float32),
-        "scores": (v.scores, responses, scores),
-        "calibration": (v.calibration, groups, torch.float32),
-        "logps": (v.logps, responses, torch.float32),
-        "ref_logps": (v.ref_logps, responses, torch.float32),
-        "losses": (v.losses, groups, torch.float32),
-        "derivative": (v.derivative, responses, torch.float32),
-        "coefficients": (v.coefficients, rows, torch.float32),
-        "state": (v.state, 3, torch.float64),
-    }
-    for name, (vector, size, dtype) in expected.items():
+    checked: list[tuple[str, Tensor | None, int, tuple[torch.dtype, ...]]] = [
+        ("token_logps", v.token_logps, rows, _FP32),
+        ("ref_token_logps", v.ref_token_logps, rows, _FP32),
+        ("counted", v.counted, rows, (torch.bool,)),
+        ("seq_offsets", v.seq_offsets, responses + 1, (torch.int64,)),
+        ("group_offsets", v.group_offsets, groups + 1, (torch.int64,)),
+        ("lengths", v.lengths, responses, _FP32),
+        ("scores", v.scores, responses, (torch.float32, torch.bfloat16, torch.float16)),
+        ("calibration", v.calibration, groups, _FP32),
+        ("logps", v.logps, responses, _FP32),
+        ("ref_logps", v.ref_logps, responses, _FP32),
+        ("losses", v.losses, groups, _FP32),
+        ("derivative", v.derivative, responses, _FP32),
+        ("coefficients", v.coefficients, rows, _FP32),
+        ("state", v.state, 3, (torch.float64,)),
+    ]
+    for name, vector, size, dtypes in checked:
         if vector is not None:
-            _check_vector(f"vectors.{name}", vector, size, dtype, v.logps.device)
+            _check_vector(f"vectors.{name}", vector, size, dtypes, v.logps.device)
     if v.ref_token_logps is not None and v.ref_logps is None:
         raise argument_error("vectors.ref_logps", "a vector to fill with the sums of ref_token_logps", None)
     if temperature is not None:
         if not abs(temperature) > 0:
             raise argument_error("temperature", "a number that is not 0, or None", temperature)
-        for name in ("coefficients", "state"):
-            if expected[name][0] is None:
+        for name, vector in (("coefficients", v.coefficients), ("state", v.state)):
+            if vector is None:
                 raise argument_error(f"vectors.{name}", "a vector to fill, with a temperature", None)
     if not 0 <= first_group <= last_group <= groups:
         raise argument_error("first_group, last_group", f"0 ≤ first ≤ last ≤ {groups}", (first_group, last_group))
 
 
-def _check_vector(name: str, vector: Tensor, size: int, dtype: torch.dtype, device: torch.device) -> None:
+def _check_vector(name: str, vector: Tensor, size: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     if vector.shape != (size,):
         raise argument_error(name, f"shape [{size}]", list(vector.shape))
-    if vector.dtype != dtype:
-        raise argument_error(name, f"dtype {dtype}", vector.dtype)
+    if vector.dtype not in dtypes:
+        raise argument_error(name, f"dtype {' or '.join(map(str, dtypes))}", vector.dtype)
     if vector.device != device:
         raise argument_error(name, f"a tensor on {device}, as logps", vector.device)
     if not vector.is_contiguous():

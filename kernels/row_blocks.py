@@ -22,6 +22,13 @@ import triton.language as tl
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # e^d is 0 in fp32 long before; keeps 0 · d finite.
 FAINT = tl.constexpr(-200.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(b_x: tl.tensor) -> tl.tensor:
+    """e^x, 0 where it is below the normal numbers: a product and one instruction, where tl.exp takes three more."""
+    return tl.exp2(b_x * LOG2_E)
 
 
 @triton.jit
@@ -43,13 +50,12 @@ def row_head(p_row: tl.tensor, vocab: tl.tensor, ALIGNED: tl.constexpr) -> tl.te
 
 
 @triton.jit
-def edge_columns(
-    head: tl.tensor, first_vec: tl.tensor, n_vec: tl.tensor, vocab: tl.tensor, VECTOR: tl.constexpr
-) -> tuple:
+def edge_columns(span: tl.tuple, VECTOR: tl.constexpr) -> tuple:
     """Columns [2 · VECTOR] in front of and behind the whole vectors, and which of them there are.
 
     The edge belongs to the program that has the first vector.
     """
+    head, first_vec, last_vec, n_vec, vocab, target = span
     o = tl.arange(0, 2 * VECTOR)
     o_col = tl.where(o < VECTOR, o, head + n_vec * VECTOR + o - VECTOR)
     m_col = tl.where(o < VECTOR, o < head, o_col < vocab)
@@ -59,30 +65,33 @@ def edge_columns(
 @triton.jit
 def transform(
     b_z: tl.tensor,
-    p_bias: tl.tensor,
     o_col: tl.tensor,
     m_col: tl.tensor,
-    has_bias: tl.tensor,
-    logit_scale: tl.tensor,
-    softcap: tl.tensor,
+    head_of_model: tl.tuple,
     TRANSFORMED: tl.constexpr,
 ) -> tuple:
-    """Logits v of the tile's values z, and dv/dz; without TRANSFORMED there is neither bias nor softcap (0)."""
+    """Logits v of the tile's values z, and dv/dz / logit_scale.
+
+    Args:
+        head_of_model: (p_bias, has_bias, logit_scale, softcap); without TRANSFORMED only the scale counts. softcap 0:
+            none.
+    """
+    p_bias, has_bias, logit_scale, softcap = head_of_model
     b_v = b_z.to(tl.float32)
     if TRANSFORMED:
         b_bias = tl.load(p_bias + o_col, mask=tl.where(m_col, has_bias, 0) != 0, other=0.0)
         b_v = (b_v + b_bias) * logit_scale
-        b_slope = tl.zeros_like(b_v) + logit_scale
+        b_slope = tl.zeros_like(b_v) + 1.0
         if softcap > 0:
             b_x = b_v / softcap
             # tanh through e^{−2|x|}: nothing overflows, and 1 − tanh² keeps its digits where the tanh saturates.
-            b_decay = tl.exp(-2 * tl.abs(b_x))
+            b_decay = exp(-2 * tl.abs(b_x))
             b_tanh = (1 - b_decay) / (1 + b_decay)
             b_v = softcap * tl.where(b_x < 0, -b_tanh, b_tanh)
-            b_slope = logit_scale * (4 * b_decay / ((1 + b_decay) * (1 + b_decay)))
+            b_slope = 4 * b_decay / ((1 + b_decay) * (1 + b_decay))
         return b_v, b_slope
     else:
-        return b_v * logit_scale, logit_scale
+        return b_v * logit_scale, 1.0
 
 
 @triton.jit
@@ -102,7 +111,7 @@ def load_target(
 def weigh(b_v: tl.tensor, b_max: tl.tensor, m_other: tl.tensor, ENTROPY: tl.constexpr) -> tuple:
     """Terms of s and t of logits along axis 1, against one maximum per entry of axis 0."""
     b_d = b_v - b_max[:, None]
-    b_e = tl.where(m_other, tl.exp(b_d), 0.0)
+    b_e = tl.where(m_other, exp(b_d), 0.0)
     b_t = tl.zeros_like(b_max)
     if ENTROPY:
         b_t = tl.sum(b_e * tl.maximum(b_d, FAINT), 1)
@@ -113,23 +122,46 @@ def weigh(b_v: tl.tensor, b_max: tl.tensor, m_other: tl.tensor, ENTROPY: tl.cons
 def move(b_max: tl.tensor, b_new: tl.tensor, b_s: tl.tensor, b_t: tl.tensor) -> tuple:
     """s and t of an old maximum, for a new one: Σ e^{v−n}(v − n) = e^{m−n} (t + s (m − n))."""
     b_shift = tl.maximum(b_max - b_new, FAINT)
-    b_decay = tl.exp(b_shift)
+    b_decay = exp(b_shift)
     return b_s * b_decay, (b_t + b_s * b_shift) * b_decay
+
+
+@triton.jit
+def not_target(
+    o_vec: tl.tensor, o_inner: tl.tensor, head: tl.tensor, target: tl.tensor, VECTOR: tl.constexpr
+) -> tl.tensor:
+    """Which elements of vectors are not the target: a difference per vector, a comparison with a number per element."""
+    o_target = (target - head) - o_vec * VECTOR
+    return o_inner != o_target[:, None]
+
+
+@triton.jit
+def edge_statistics(
+    p_row: tl.tensor,
+    span: tl.tuple,
+    head_of_model: tl.tuple,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+    TRANSFORMED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+) -> tuple:
+    """(m, s, t) that lanes begin with: all have the maximum of the edge, the first one its sums."""
+    head, first_vec, last_vec, n_vec, vocab, target = span
+    o_col, m_col = edge_columns(span, VECTOR)
+    b_z = tl.load(p_row + o_col, mask=m_col, other=0.0)
+    b_v, b_slope = transform(b_z, o_col, m_col, head_of_model, TRANSFORMED)
+    b_v = tl.where(m_col, b_v, float("-inf"))[None, :]
+    b_max = tl.maximum(tl.max(b_v, 1), LOWEST)
+    b_s, b_t = weigh(b_v, b_max, (o_col != target)[None, :], ENTROPY)
+    m_first = tl.arange(0, LANES) == 0
+    return tl.zeros([LANES], tl.float32) + b_max, tl.where(m_first, b_s, 0.0), tl.where(m_first, b_t, 0.0)
 
 
 @triton.jit
 def row_statistics(
     p_row: tl.tensor,
-    p_bias: tl.tensor,
-    head: tl.tensor,
-    first_vec: tl.tensor,
-    last_vec: tl.tensor,
-    n_vec: tl.tensor,
-    vocab: tl.tensor,
-    target: tl.tensor,
-    has_bias: tl.tensor,
-    logit_scale: tl.tensor,
-    softcap: tl.tensor,
+    span: tl.tuple,
+    head_of_model: tl.tuple,
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -137,37 +169,34 @@ def row_statistics(
     ENTROPY: tl.constexpr,
     EVICTION: tl.constexpr,
 ) -> tuple:
-    """(m, s, t) of vectors first_vec … last_vec − 1 of a row, and of its edge with the first."""
-    b_m = tl.full([LANES], LOWEST, tl.float32)
-    b_s = tl.zeros([LANES], tl.float32)
-    b_t = tl.zeros([LANES], tl.float32)
-    if not ALIGNED:
-        # Every lane starts from the maximum of the edge; its sums are those of lane 0.
-        o_col, m_col = edge_columns(head, first_vec, n_vec, vocab, VECTOR)
-        b_edge = tl.load(p_row + o_col, mask=m_col, other=0.0)
-        b_v_edge, _ = transform(b_edge, p_bias, o_col, m_col, has_bias, logit_scale, softcap, TRANSFORMED)
-        b_v_edge = tl.where(m_col, b_v_edge, float("-inf"))
-        b_max = tl.maximum(tl.max(b_v_edge[None, :], 1), LOWEST)
-        b_m = tl.maximum(b_m, b_max)
-        s_edge, t_edge = weigh(b_v_edge[None, :], b_max, (o_col != target)[None, :], ENTROPY)
-        m_first = tl.arange(0, LANES) == 0
-        b_s = tl.where(m_first, s_edge, b_s)
-        b_t = tl.where(m_first, t_edge, b_t)
-    p_body = p_row if ALIGNED else tl.multiple_of(p_row + head, 16)
+    """(m, s, t) of a span of a row: its vectors first_vec … last_vec − 1, and the edge if the first one is among them.
+
+    Args:
+        span: (head, first_vec, last_vec, n_vec, vocab, target), the last four of the whole row, but for last_vec.
+    """
+    head, first_vec, last_vec, n_vec, vocab, target = span
+    if ALIGNED:
+        p_body = p_row
+        b_m = tl.full([LANES], LOWEST, tl.float32)
+        b_s = tl.zeros([LANES], tl.float32)
+        b_t = tl.zeros([LANES], tl.float32)
+    else:
+        p_body = tl.multiple_of(p_row + head, 16)
+        b_m, b_s, b_t = edge_statistics(p_row, span, head_of_model, VECTOR, LANES, TRANSFORMED, ENTROPY)
     o_lane = tl.arange(0, LANES)
     o_inner = tl.arange(0, VECTOR)[None, :]
     for i_vec in range(first_vec, last_vec, LANES):
         o_vec = i_vec + o_lane
-        m_vec = (o_vec < last_vec)[:, None]
+        m_vec = o_vec < last_vec
         o = o_vec[:, None] * VECTOR + o_inner
-        b_z = tl.load(p_body + o, mask=m_vec, other=0.0, eviction_policy=EVICTION)
-        b_v, _ = transform(b_z, p_bias, head + o, m_vec, has_bias, logit_scale, softcap, TRANSFORMED)
-        b_v = tl.where(m_vec, b_v, float("-inf"))
-        b_new = tl.maximum(b_m, tl.max(b_v, 1))
+        b_z = tl.load(p_body + o, mask=m_vec[:, None], other=0.0, eviction_policy=EVICTION)
+        b_v, b_slope = transform(b_z, head + o, m_vec[:, None], head_of_model, TRANSFORMED)
+        # Selections per vector, not per element: what lies behind the end is computed and dropped.
+        b_new = tl.where(m_vec, tl.maximum(b_m, tl.max(b_v, 1)), b_m)
         b_s, b_t = move(b_m, b_new, b_s, b_t)
-        s_add, t_add = weigh(b_v, b_new, head + o != target, ENTROPY)
-        b_s += s_add
-        b_t += t_add
+        s_add, t_add = weigh(b_v, b_new, not_target(o_vec, o_inner, head, target, VECTOR), ENTROPY)
+        b_s += tl.where(m_vec, s_add, 0.0)
+        b_t += tl.where(m_vec, t_add, 0.0)
         b_m = b_new
     return fold(b_m, b_s, b_t)
 
@@ -185,7 +214,7 @@ def finish(m: tl.tensor, s: tl.tensor, t: tl.tensor, v_target: tl.tensor, target
     """Of a whole row: logp, lse, entropy, Σ e^{v − m} with the target, and p(target) − 1."""
     inside = target >= 0
     d_target = v_target - m
-    e_target = tl.where(inside, tl.exp(d_target), 0.0)
+    e_target = tl.where(inside, exp(d_target), 0.0)
     total = s + e_target
     # log1p of the odds against the target, by the quotient log(u)/(u − 1) that cancels the rounding of u = 1 + odds.
     odds = s / e_target
@@ -198,66 +227,74 @@ def finish(m: tl.tensor, s: tl.tensor, t: tl.tensor, v_target: tl.tensor, target
 
 
 @triton.jit
+def gradient(
+    b_z: tl.tensor,
+    o_col: tl.tensor,
+    m_col: tl.tensor,
+    m_other: tl.tensor,
+    head_of_model: tl.tuple,
+    result: tl.tuple,
+    TRANSFORMED: tl.constexpr,
+) -> tl.tensor:
+    """factor · e^{v − m} · slope, and target_factor · slope at the target; result: (m, factor, target_factor)."""
+    m, factor, target_factor = result
+    b_v, b_slope = transform(b_z, o_col, m_col, head_of_model, TRANSFORMED)
+    return tl.where(m_other, exp(b_v - m) * factor, target_factor) * b_slope
+
+
+@triton.jit
 def write_gradient(
     p_row: tl.tensor,
     p_grad_row: tl.tensor,
-    p_bias: tl.tensor,
-    head: tl.tensor,
-    first_vec: tl.tensor,
-    last_vec: tl.tensor,
-    n_vec: tl.tensor,
-    vocab: tl.tensor,
-    target: tl.tensor,
-    has_bias: tl.tensor,
-    logit_scale: tl.tensor,
-    softcap: tl.tensor,
-    m: tl.tensor,
-    factor: tl.tensor,
-    target_factor: tl.tensor,
+    span: tl.tuple,
+    head_of_model: tl.tuple,
+    result: tl.tuple,
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE_STORE: tl.constexpr,
     TRANSFORMED: tl.constexpr,
 ) -> None:
-    """Second touch: factor · e^{v − m} · dv/dz (target_factor · dv/dz at the target) of the vectors and the edge.
+    """Second touch of a span: its gradient, from the results of the whole row.
 
     A gradient narrower than the tile may lie over the front of the same row: element i of it covers bytes of tile
     elements ≤ i. So blocks go upwards, with a barrier between the loads of a block and its stores: then all loads of
     elements ≤ i, in every warp, are done when i is stored, and stores of earlier blocks never reach later loads. The
-    edge is loaded first and stored last; its front part covers its own columns, and its end, only body columns in
-    front of it, which are done. A gradient of the tile's width only overwrites what the same block has loaded (stores
-    depend on the loads); then blocks go downwards, because the end of the row was touched last and is the likeliest
-    to be in the cache still, even where all rows in flight do not fit.
+    edge is loaded first and stored last, behind another barrier, when all else has been loaded.
+
+    A gradient of the tile's width overwrites only what the same thread, or a store that depends on its load, has read;
+    then blocks go downwards, because the end of the row was touched last and is the likeliest to be in the cache still
+    where the rows in flight do not all fit.
     """
-    NARROWED: tl.constexpr = p_grad_row.dtype.element_ty.primitive_bitwidth < p_row.dtype.element_ty.primitive_bitwidth
+    head, first_vec, last_vec, n_vec, vocab, target = span
     GRAD_TYPE: tl.constexpr = p_grad_row.dtype.element_ty
-    if not ALIGNED:
-        o_edge, m_edge = edge_columns(head, first_vec, n_vec, vocab, VECTOR)
+    NARROWED: tl.constexpr = GRAD_TYPE.primitive_bitwidth < p_row.dtype.element_ty.primitive_bitwidth
+    if ALIGNED:
+        p_body = p_row
+        p_grad_body = p_grad_row
+    else:
+        p_body = tl.multiple_of(p_row + head, 16)
+        p_grad_body = p_grad_row + head
+        if WIDE_STORE:
+            p_grad_body = tl.multiple_of(p_grad_body, 16)
+        o_edge, m_edge = edge_columns(span, VECTOR)
         b_edge = tl.load(p_row + o_edge, mask=m_edge, other=0.0)
-    p_body = p_row if ALIGNED else tl.multiple_of(p_row + head, 16)
-    p_grad_body = p_grad_row if ALIGNED else p_grad_row + head
-    if WIDE_STORE and not ALIGNED:
-        p_grad_body = tl.multiple_of(p_grad_body, 16)
     o_lane = tl.arange(0, LANES)
     o_inner = tl.arange(0, VECTOR)[None, :]
-    for i in range(0, tl.cdiv(last_vec - first_vec, LANES)):
-        if NARROWED:
-            i_vec = first_vec + i * LANES
-        else:
-            i_vec = first_vec + (tl.cdiv(last_vec - first_vec, LANES) - 1 - i) * LANES
-        o_vec = i_vec + o_lane
+    steps = tl.cdiv(last_vec - first_vec, LANES)
+    for i in range(0, steps):
+        i_step = i if NARROWED else steps - 1 - i
+        o_vec = first_vec + i_step * LANES + o_lane
         m_vec = (o_vec < last_vec)[:, None]
         o = o_vec[:, None] * VECTOR + o_inner
         b_z = tl.load(p_body + o, mask=m_vec, other=0.0, eviction_policy="evict_first")
         if NARROWED:
             tl.debug_barrier()
-        b_v, b_slope = transform(b_z, p_bias, head + o, m_vec, has_bias, logit_scale, softcap, TRANSFORMED)
-        b_g = tl.where(head + o == target, target_factor, tl.exp(b_v - m) * factor) * b_slope
+        m_other = not_target(o_vec, o_inner, head, target, VECTOR)
+        b_g = gradient(b_z, head + o, m_vec, m_other, head_of_model, result, TRANSFORMED)
         tl.store(p_grad_body + o, b_g.to(GRAD_TYPE), mask=m_vec)
     if not ALIGNED:
         if NARROWED:
             tl.debug_barrier()
-        b_v_edge, slope_edge = transform(b_edge, p_bias, o_edge, m_edge, has_bias, logit_scale, softcap, TRANSFORMED)
-        b_g_edge = tl.where(o_edge == target, target_factor, tl.exp(b_v_edge - m) * factor) * slope_edge
-        tl.store(p_grad_row + o_edge, b_g_edge.to(GRAD_TYPE), mask=m_edge)
+        g_edge = gradient(b_edge, o_edge, m_edge, o_edge != target, head_of_model, result, TRANSFORMED)
+        tl.store(p_grad_row + o_edge, g_edge.to(GRAD_TYPE), mask=m_edge)

@@ -15,16 +15,18 @@ from robust_dpo.kernels.triton_aot import Variant
 
 # Of one load instruction; the widest on sm_80 and sm_90.
 LOAD_BYTES = 16
-# That a thread has under way in a loop: 1,024 threads × 64 bytes × 132 multiprocessors = 8.6 MB, where 3.4 TB/s × 0.7 µs
-# of latency = 2.4 MB are needed; 32 elements of bf16, in fp32, are half of the 64 registers that 1,024 threads leave.
-BYTES_PER_THREAD = 64
+# That a thread takes in one step of a loop: 16 registers in fp32, of the 64 that 1,024 threads leave to each. In bf16
+# these are 32 bytes, 4.3 MB under way on 132 multiprocessors, where 3.4 TB/s × 0.7 µs of latency = 2.4 MB are needed.
+# Bias and softcap need registers of their own (16 elements spill on sm_90), and their arithmetic takes longer.
+ELEMENTS_PER_THREAD = 16
+TRANSFORMED_ELEMENTS_PER_THREAD = 8
 # With up to 64 registers per thread the 65,536 of a multiprocessor hold that many threads.
 THREADS_PER_MULTIPROCESSOR = 1024
 # The caches have 40 MB (A100) and 50 MB (H100, H200); the rest is for the rows just done and those about to begin.
 CACHE_BYTES = 32 << 20
 SPLIT_THREADS = 256
-# One step of the loop of SPLIT_THREADS threads: a shorter segment would leave some of them idle.
-SEGMENT_BYTES = SPLIT_THREADS * BYTES_PER_THREAD
+# Two steps of the loop in bf16, one in fp32: shorter segments would leave threads idle.
+SEGMENT_BYTES = 16 << 10
 MAX_SEGMENTS = 64
 
 TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -95,11 +97,16 @@ class RowForm:
         """Elements of the tile in 16 bytes."""
         return LOAD_BYTES // self.tile.itemsize
 
+    def lanes(self, threads: int) -> int:
+        """Vectors of 16 bytes that a program of that many threads takes in one step of its loop."""
+        elements = TRANSFORMED_ELEMENTS_PER_THREAD if self.transformed else ELEMENTS_PER_THREAD
+        return threads * elements // self.vector
+
     def constants(self, threads: int) -> dict[str, object]:
         """The constexpr parameters of all row kernels, by name, for programs of that many threads."""
         return {
             "VECTOR": self.vector,
-            "LANES": lanes(threads),
+            "LANES": self.lanes(threads),
             "SEGMENTS": MAX_SEGMENTS,
             "ALIGNED": self.aligned,
             "WIDE_STORE": self.wide_store,
@@ -113,11 +120,6 @@ class RowForm:
             parts.append(f"gradient {TYPE_NAMES[self.grad]}" + (" wide" if self.wide_store else ""))
         flags = {"aligned": self.aligned, "bias or softcap": self.transformed, "entropy": self.entropy}
         return ", ".join([*parts, *(name for name, is_on in flags.items() if is_on)])
-
-
-def lanes(threads: int) -> int:
-    """Vectors of 16 bytes that a program takes in one step of its loop."""
-    return threads * (BYTES_PER_THREAD // LOAD_BYTES)
 
 
 def form_of(logits: Tensor, grad_out: Tensor | None, bias: Tensor | None, capped: bool, entropy: bool) -> RowForm:

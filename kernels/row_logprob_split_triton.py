@@ -25,11 +25,26 @@ from robust_dpo.kernels.row_blocks import (
     transform,
     write_gradient,
 )
-from robust_dpo.kernels.row_launch import SPLIT_THREADS, RowForm, all_forms, lanes, launch, variant
+from robust_dpo.kernels.row_launch import SPLIT_THREADS, RowForm, all_forms, launch, variant
 from robust_dpo.kernels.triton_aot import Variant
 
 # (m, s, t, z of the target) of a segment
 PARTIALS = tl.constexpr(4)
+
+
+@triton.jit
+def span_of(
+    head: tl.tensor,
+    i_segment: tl.tensor,
+    segment_vecs: tl.tensor,
+    vocab: tl.tensor,
+    target: tl.tensor,
+    VECTOR: tl.constexpr,
+) -> tuple:
+    """The span of one segment of a row; see `row_statistics`."""
+    n_vec = (vocab - head) // VECTOR
+    first_vec = i_segment * segment_vecs
+    return head, first_vec, tl.minimum(first_vec + segment_vecs, n_vec), n_vec, vocab, target
 
 
 @triton.jit(do_not_specialize=["vocab", "segments", "segment_vecs", "has_bias"])
@@ -57,13 +72,11 @@ def row_partials_kernel(
     p_row = row_start(p_logits, i_row, stride, ALIGNED)
     target, z_target = load_target(p_row, p_targets + i_row, vocab)
     head = row_head(p_row, vocab, ALIGNED)
-    n_vec = (vocab - head) // VECTOR
-    first_vec = i_segment * segment_vecs
-    last_vec = tl.minimum(first_vec + segment_vecs, n_vec)
+    span = span_of(head, i_segment, segment_vecs, vocab, target, VECTOR)
+    head_of_model = (p_bias, has_bias, logit_scale, softcap)
     m, s, t = row_statistics(
-        p_row, p_bias, head, first_vec, last_vec, n_vec, vocab, target, has_bias, logit_scale, softcap,
-        VECTOR, LANES, ALIGNED, TRANSFORMED, ENTROPY, "evict_last",
-    )  # fmt: skip
+        p_row, span, head_of_model, VECTOR, LANES, ALIGNED, TRANSFORMED, ENTROPY, "evict_last"
+    )
     p_partial = p_partials + (i_row * segments + i_segment) * PARTIALS
     tl.store(p_partial, m)
     tl.store(p_partial + 1, s)
@@ -116,24 +129,20 @@ def row_merge_kernel(
     target = tl.load(p_targets + i_row)
     inside = (target >= 0) & (target < vocab)
     target = tl.where(inside, target, -1).to(vocab.dtype)
-    v_target, _ = transform(z_target, p_bias, target, inside, has_bias, logit_scale, softcap, TRANSFORMED)
+    head_of_model = (p_bias, has_bias, logit_scale, softcap)
+    v_target, _ = transform(z_target, target, inside, head_of_model, TRANSFORMED)
     logp, lse, entropy, total, target_factor = finish(m, s, t, v_target, target)
     is_first = i_segment == 0
     tl.store(p_logp + i_row, logp, mask=is_first)
     tl.store(p_lse + i_row, lse, mask=is_first)
     tl.store(p_entropy + i_row, entropy, mask=is_first & (has_entropy != 0))
     if p_grad is not None:
-        row_scale = tl.load(p_row_scale + i_row, mask=has_row_scale != 0, other=1.0)
+        scale = tl.load(p_row_scale + i_row, mask=has_row_scale != 0, other=1.0) * logit_scale
         p_row = row_start(p_logits, i_row, stride, ALIGNED)
-        head = row_head(p_row, vocab, ALIGNED)
-        n_vec = (vocab - head) // VECTOR
-        first_vec = i_segment * segment_vecs
-        last_vec = tl.minimum(first_vec + segment_vecs, n_vec)
-        write_gradient(
-            p_row, row_start(p_grad, i_row, grad_stride, ALIGNED), p_bias, head, first_vec, last_vec, n_vec, vocab, target,
-            has_bias, logit_scale, softcap, m, row_scale / total, row_scale * target_factor,
-            VECTOR, LANES, ALIGNED, True, TRANSFORMED,
-        )  # fmt: skip
+        p_grad_row = row_start(p_grad, i_row, grad_stride, ALIGNED)
+        span = span_of(row_head(p_row, vocab, ALIGNED), i_segment, segment_vecs, vocab, target, VECTOR)
+        result = (m, scale / total, scale * target_factor)
+        write_gradient(p_row, p_grad_row, span, head_of_model, result, VECTOR, LANES, ALIGNED, True, TRANSFORMED)
 
 
 def launch_split(form: RowForm, segments: int, logits: Tensor, values: Mapping[str, object]) -> None:
@@ -148,8 +157,8 @@ def launch_split(form: RowForm, segments: int, logits: Tensor, values: Mapping[s
     rows, vocab = logits.shape
     vectors = triton.cdiv(vocab, form.vector)
     # Whole steps of the loop, so that only the last segment has an incomplete one.
-    steps = triton.cdiv(vectors, lanes(SPLIT_THREADS))
-    segment_vecs = triton.cdiv(steps, segments) * lanes(SPLIT_THREADS)
+    lanes = form.lanes(SPLIT_THREADS)
+    segment_vecs = triton.cdiv(triton.cdiv(vectors, lanes), segments) * lanes
     segments = triton.cdiv(vectors, segment_vecs)
     partials = torch.empty(rows, segments, PARTIALS.value, dtype=torch.float32, device=logits.device)
     values = {

@@ -62,23 +62,25 @@ def row_logprob_kernel(
     target, z_target = load_target(p_row, p_targets + i_row, vocab)
     head = row_head(p_row, vocab, ALIGNED)
     n_vec = (vocab - head) // VECTOR
+    span = (head, head * 0, n_vec, n_vec, vocab, target)
+    head_of_model = (p_bias, has_bias, logit_scale, softcap)
     m, s, t = row_statistics(
-        p_row, p_bias, head, 0, n_vec, n_vec, vocab, target, has_bias, logit_scale, softcap,
+        p_row, span, head_of_model,
         VECTOR, LANES, ALIGNED, TRANSFORMED, ENTROPY, "evict_first" if p_grad is None else "evict_last",
     )  # fmt: skip
-    v_target, _ = transform(z_target, p_bias, target, target >= 0, has_bias, logit_scale, softcap, TRANSFORMED)
+    v_target, _ = transform(z_target, target, target >= 0, head_of_model, TRANSFORMED)
     logp, lse, entropy, total, target_factor = finish(m, s, t, v_target, target)
     tl.store(p_logp + i_row, logp)
     tl.store(p_lse + i_row, lse)
     if ENTROPY:
         tl.store(p_entropy + i_row, entropy)
     if p_grad is not None:
-        row_scale = tl.load(p_row_scale + i_row, mask=has_row_scale != 0, other=1.0)
+        scale = tl.load(p_row_scale + i_row, mask=has_row_scale != 0, other=1.0) * logit_scale
+        p_grad_row = row_start(p_grad, i_row, grad_stride, ALIGNED)
+        result = (m, scale / total, scale * target_factor)
         write_gradient(
-            p_row, row_start(p_grad, i_row, grad_stride, ALIGNED), p_bias, head, 0, n_vec, n_vec, vocab, target,
-            has_bias, logit_scale, softcap, m, row_scale / total, row_scale * target_factor,
-            VECTOR, LANES, ALIGNED, WIDE_STORE, TRANSFORMED,
-        )  # fmt: skip
+            p_row, p_grad_row, span, head_of_model, result, VECTOR, LANES, ALIGNED, WIDE_STORE, TRANSFORMED
+        )
 
 
 def row_logprob(

@@ -23,6 +23,7 @@ import torch
 from robust_dpo.errors import argument_error
 
 if TYPE_CHECKING:
+    from robust_dpo.kernels.calibration_weights import CalibrationWeightsLauncher
     from robust_dpo.kernels.group_epilogue import GroupEpilogueLauncher
     from robust_dpo.kernels.rescale import RescaleLauncher
     from robust_dpo.kernels.row_logprob import RowLogprobLauncher
@@ -198,6 +199,12 @@ def get_group_epilogue(
     return cast("GroupEpilogueLauncher", _load(launcher)) if supports(loss, widest) else None
 
 
+def get_calibration_weights(backend: str, device: torch.device | str, dtype: torch.dtype) -> CalibrationWeightsLauncher:
+    """The calibration_weights launcher for probabilities of `dtype` on `device`; errors as in `choose_backend`."""
+    chosen = choose_backend(CALIBRATION_WEIGHTS, backend, device, dtype)
+    return cast("CalibrationWeightsLauncher", _load(chosen.launchers[CALIBRATION_WEIGHTS]))
+
+
 def has_fused_head(backend: str, device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether the backend that runs row_logprob also has the whole LM head as one kernel, for weights of `dtype`.
 
@@ -267,6 +274,7 @@ register_backend(
         {
             ROW_LOGPROB: "robust_dpo.kernels.row_logprob_torch:row_logprob",
             RESCALE: "robust_dpo.kernels.rescale_torch:rescale",
+            CALIBRATION_WEIGHTS: "robust_dpo.kernels.calibration_weights_torch:calibration_weights",
         },
     )
 )

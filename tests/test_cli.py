@@ -83,7 +83,7 @@ def test_import_and_help_load_neither_torch_nor_transformers() -> None:
 def test_module_and_doctor() -> None:
     done = subprocess.run([sys.executable, "-m", "robust_dpo", "doctor"], capture_output=True, text=True, check=False)
     assert done.returncode == ExitCode.OK, done.stderr
-    for expected in ("Backends", "torch", "usable", "transformers", "memory", "gpu"):
+    for expected in ("What runs", "row_logprob", "torch", "transformers", "memory", "gpu"):
         assert expected in done.stdout
     assert done.stderr == ""
 

@@ -8,13 +8,18 @@ its training set.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from robust_dpo.checks import POSITIVE, Interval, check_flag, check_number
+from robust_dpo.dispatch import get_calibration_weights
 from robust_dpo.errors import argument_error, type_error
+from robust_dpo.kernels.calibration_weights import WeightForm
+from robust_dpo.kernels.calibration_weights_torch import mixture_weights, paper_weights
+
+__all__ = ["Form", "Numbers", "density_ratio", "mixture_weights", "paper_weights"]
 
 Form = Literal["paper", "mixture", "official"]
 Numbers = float | Sequence[float] | Tensor
@@ -34,6 +39,7 @@ def density_ratio(
     clip: float | None = None,
     per_source: bool = False,
     group_size: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Calibration h ≥ 0 of responses from classifier probabilities; detached.
 
@@ -55,6 +61,7 @@ def density_ratio(
         clip: upper bound of h, > 0; default none.
         per_source: the last axis of `probs` holds one classifier for each source. Not for `official`.
         group_size: K, for flat `probs` with `official`.
+        backend: "auto", or one that must be used ("torch", "triton"). Only "torch" takes float64.
 
     Returns:
         h in the dtype of `probs`, at least fp32; shaped like `probs`, without its last axis with `per_source`. It is
@@ -63,6 +70,7 @@ def density_ratio(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: a probability is NaN or outside [0, 1] (named with its position), or a share is out of its range.
+        RuntimeError: the backend that was asked for cannot run this.
     """
     if form not in get_args(Form):
         raise argument_error("form", f"one of {', '.join(get_args(Form))}", repr(form))
@@ -73,37 +81,37 @@ def density_ratio(
             raise argument_error("gammas", "None with form 'official', which has no γ", gammas)
         if per_source:
             raise argument_error("per_source", "False with form 'official', which has one classifier", per_source)
-        h = _official(probs, alpha, betas, group_size)
+        slots = _official(probs, alpha, betas, group_size)
     else:
         if group_size is not None:
             raise argument_error("group_size", f"None with form {form!r}, whose h does not depend on it", group_size)
-        h = _mixture_or_paper(probs, form, alpha, betas, gammas, per_source)
-    if clip is not None:
-        h = h.clamp(max=check_number("clip", clip, POSITIVE))
-    return h
+        slots = _mixture_or_paper(probs, form, alpha, betas, gammas, per_source)
+    clip = None if clip is None else check_number("clip", clip, POSITIVE)
+    classifiers = probs.shape[-1] if per_source else 1
+    launcher = get_calibration_weights(backend, probs.device, probs.dtype)
+    h = launcher(
+        probs.reshape(probs.numel() // classifiers, classifiers).contiguous(),
+        probs.new_tensor(slots.betas),
+        probs.new_tensor(slots.gammas),
+        form=slots.form,
+        alpha=slots.alpha,
+        num_distributions=slots.num_distributions,
+        clip=clip,
+    )
+    return h.view(probs.shape[:-1] if per_source else probs.shape)
 
 
-def mixture_weights(probs: Tensor, alpha: float, betas: Tensor, gammas: Tensor) -> Tensor:
-    """1 / (α + Σ_i β_i (1 − c_i)/(γ_i c_i)).
+class _Slots(NamedTuple):
+    """What the kernels need of a mixture; see `CalibrationWeightsLauncher`."""
 
-    Args:
-        probs: [..., m] c, or [..., 1]; 0 gives 0.
-        alpha: share of the target, > 0.
-        betas: broadcastable to [..., m], > 0.
-        gammas: broadcastable to [..., m], > 0.
-
-    Returns:
-        [...]
-    """
-    return 1 / (alpha + (betas * (1 - probs) / (gammas * probs)).sum(-1))
+    form: WeightForm
+    betas: list[list[float]]
+    gammas: list[float]
+    alpha: float
+    num_distributions: int
 
 
-def paper_weights(probs: Tensor, betas: Tensor, gammas: Tensor, num_distributions: int) -> Tensor:
-    """Mean over i of γ_i c_i / (β_i (1 − c_i) + 1/n); arguments as `mixture_weights`, n distributions."""
-    return (gammas * probs / (betas * (1 - probs) + 1 / num_distributions)).mean(-1)
-
-
-def _official(probs: Tensor, alpha: float | None, betas: Numbers | None, group_size: int | None) -> Tensor:
+def _official(probs: Tensor, alpha: float | None, betas: Numbers | None, group_size: int | None) -> _Slots:
     if group_size is None and probs.ndim < 2:
         raise argument_error("probs", "shape [..., K], or [S] with group_size", list(probs.shape))
     if group_size is not None:
@@ -113,21 +121,24 @@ def _official(probs: Tensor, alpha: float | None, betas: Numbers | None, group_s
             raise type_error("group_size", "an integer", group_size)
         if group_size < 1 or len(probs) % group_size:
             raise argument_error("group_size", f"a divisor of the {len(probs)} responses", group_size)
-    grouped = probs if group_size is None else probs.view(-1, group_size)
-    width = grouped.shape[-1]
+    width = probs.shape[-1] if group_size is None else group_size
     alpha = 1 / width if alpha is None else check_number("alpha", alpha, _PROPORTION)
     default = _OFFICIAL_BETAS.get(width, (1 / width,) * width)
     shares = _numbers("betas", default if betas is None else betas, _PROPORTION)
     if len(shares) != width:
         raise argument_error("betas", f"{width} numbers, one for each response of a group", len(shares))
-    slots = grouped.new_tensor(shares)[:, None]
-    # One classifier, balanced, and the slot's own β as its only source: the mixture form of each response.
-    return mixture_weights(grouped[..., None], alpha, slots, torch.ones_like(slots)).view_as(probs)
+    # One classifier, balanced, and the position's own β as its only source: the mixture form of each response.
+    return _Slots("mixture", [[share] for share in shares], [1.0], alpha, 2)
 
 
 def _mixture_or_paper(
-    probs: Tensor, form: str, alpha: float | None, betas: Numbers | None, gammas: Numbers | None, per_source: bool
-) -> Tensor:
+    probs: Tensor,
+    form: WeightForm,
+    alpha: float | None,
+    betas: Numbers | None,
+    gammas: Numbers | None,
+    per_source: bool,
+) -> _Slots:
     if per_source and (probs.ndim == 0 or probs.shape[-1] == 0):
         raise argument_error("probs", "shape [..., m] with per_source, m ≥ 1 classifiers", list(probs.shape))
     target, sources = _shares(alpha, betas, probs.shape[-1] if per_source else 1)
@@ -136,13 +147,11 @@ def _mixture_or_paper(
     ratios = _numbers("gammas", 1.0 if gammas is None else gammas, POSITIVE)
     if len(ratios) not in (1, len(sources)):
         raise argument_error("gammas", f"1 or {len(sources)} numbers, as betas", len(ratios))
-    c = probs if per_source else probs[..., None]
-    if form == "mixture":
-        return mixture_weights(c, target, c.new_tensor(sources), c.new_tensor(ratios))
-    if not per_source and len(ratios) > 1:
+    if form == "paper" and not per_source and len(ratios) > 1:
         raise argument_error("gammas", "one number: a single classifier has a single training set", len(ratios))
-    slots = sources if per_source else [target, *sources]
-    return paper_weights(c, c.new_tensor(slots), c.new_tensor(ratios), len(sources) + 1)
+    slots = [target, *sources] if form == "paper" and not per_source else sources
+    ratios = ratios * len(slots) if len(ratios) == 1 else ratios
+    return _Slots(form, [slots], ratios, target, len(sources) + 1)
 
 
 def _shares(alpha: float | None, betas: Numbers | None, num_sources: int) -> tuple[float, list[float]]:

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from robust_dpo.cli.bench import bench
 from robust_dpo.cli.calibrate import calibrate
 from robust_dpo.cli.demo import demo
 from robust_dpo.cli.doctor import doctor
@@ -20,7 +21,8 @@ INTRODUCTION = """From preference data to a robustly aligned model.
 Preference data that is part human and part synthetic pulls a model towards the artefacts of the synthetic part.
 **calibrate** learns how much each response looks like the human target, **train** minimises the worst
 case around the calibrated data, **evaluate** and **report** show what came of it. Start with
-**doctor** (does everything run here?) and **demo** (the whole pipeline in a few minutes)."""
+**doctor** (does everything run here?) and **demo** (the whole pipeline in a few minutes); **bench** measures
+this machine."""
 
 app = typer.Typer(
     name="robust-dpo",
@@ -32,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help=f"{INTRODUCTION}\n\n{exit_code_help()}",
 )
-for _command in (calibrate, train, evaluate, report, doctor, demo):
+for _command in (calibrate, train, evaluate, report, doctor, demo, bench):
     app.command()(_command)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from headbench.problem import Problem, Shape, describe, make_problem, solve
-from headbench.report import Row, Section
-from headbench.workers import FLOOR, Worker, WorkerError
+from robust_dpo.bench.implementation import Implementation
+from robust_dpo.bench.problem import Problem, Shape, make_problem, shape_dict
+from robust_dpo.bench.processes.workers import FLOOR, Worker, WorkerError
+from robust_dpo.bench.record import Record, Role, Row
+from robust_dpo.bench.solution import describe, solve
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -32,21 +35,20 @@ def _memory(row: Row, threads: int, problem_path: Path) -> None:
     worker = Worker("memory", threads, row.name, problem_path)
     answer = worker.receive()
     worker.stop()
-    row.extra_bytes, row.memory_method = answer["extra_bytes"], answer["method"]
+    if answer is not None:
+        row.extra_bytes, row.memory_method = answer
 
 
 def _open_timer(row: Row, threads: int, problem_path: Path, solution_path: Path) -> Worker:
     """A living worker whose errors have been measured; the errors go into the row."""
     worker = Worker("time", threads, row.name, problem_path, solution_path)
     answer = worker.receive()
-    row.first_seconds = answer["first_seconds"]
-    row.loss_error, row.dhidden_error = answer["loss_error"], answer["dhidden_error"]
-    row.dweight_error = answer["dweight_error"]
+    row.first_seconds, row.errors = answer["first_seconds"], answer["errors"]
     return worker
 
 
 def measure(
-    names: list[str],
+    implementations: Sequence[Implementation],
     shape: Shape,
     dtype: torch.dtype,
     *,
@@ -56,8 +58,8 @@ def measure(
     folder: Path,
     memory: bool,
     console: Console,
-) -> Section:
-    """Measure `names` and the floor at one dtype.
+) -> Record:
+    """Measure implementations and the floor at one dtype.
 
     Only one process computes at any moment. In each round everybody is timed once, starting one place later than in the
     round before, so that drift and noise of the machine fall on all alike. An implementation whose process dies is
@@ -67,22 +69,26 @@ def measure(
     torch.set_num_threads(threads)
     with console.status(f"{label}: problem and float64 solution"):
         problem_path, solution_path, data = _prepare(shape, dtype, seed, folder)
-    rows = {name: Row(name, label) for name in names}
-    floor = Row(FLOOR, label)
+    rows = {
+        each.name: Row(each.name, Role.OURS if each.ours else Role.PEER, version=each.version)
+        for each in implementations
+    }
+    rows[FLOOR] = Row(FLOOR, Role.FLOOR)
     timers: dict[str, Worker] = {}
     try:
         with console.status(f"{label}: fastest matrix products"):
             timers[FLOOR] = Worker("floor", threads, problem_path)
             products = timers[FLOOR].receive()
-        for name, row in rows.items():
-            with console.status(f"{label}: {name}: memory and errors"):
+        for each in implementations:
+            row = rows[each.name]
+            with console.status(f"{label}: {each.name}: memory and errors"):
                 try:
                     if memory:
                         _memory(row, threads, problem_path)
-                    timers[name] = _open_timer(row, threads, problem_path, solution_path)
+                    timers[each.name] = _open_timer(row, threads, problem_path, solution_path)
                 except WorkerError as failure:
                     row.failure = str(failure)
-                    console.print(f"{label}: {name} failed: {failure}", style="red")
+                    console.print(f"{label}: {each.name} failed: {failure}", style="red")
         # One untimed step each: the first one compiled and touched memory for the first time.
         for worker in timers.values():
             worker.ask()
@@ -90,8 +96,18 @@ def measure(
         for turn in range(rounds):
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 with console.status(f"{label}: round {turn + 1} of {rounds}: {name}"):
-                    (floor if name == FLOOR else rows[name]).seconds.append(timers[name].ask())
+                    rows[name].seconds.append(timers[name].ask())
     finally:
         for worker in timers.values():
             worker.stop()
-    return Section(label, list(rows.values()), floor, products["chosen"], products["tried"], shape.product_flops, data)
+    return Record(
+        name=f"head {label}",
+        group="head",
+        title=label,
+        rows=list(rows.values()),
+        dtype=label,
+        sizes=shape_dict(shape),
+        flops=4 * shape.product_flops,
+        check="float64 on the same inputs",
+        details={"floor_choices": products["chosen"], "floor_tried": products["tried"], "data": data},
+    )

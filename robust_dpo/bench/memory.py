@@ -1,4 +1,4 @@
-"""Peak resident memory of this process, on Linux."""
+"""Peak memory of a call: of the GPU's allocator, or resident memory of this process on Linux."""
 
 from __future__ import annotations
 
@@ -9,8 +9,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def extra_bytes(run: Callable[[], object], device: torch.device) -> tuple[int, str] | None:
+    """Highest memory in use while `run` runs above what was in use before, and how it was taken.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, "allocator"
+    if not _STATUS.exists():
+        return None
+    before = resident_bytes()
+    peak, method = peak_bytes(run)
+    return peak - before, method
 
 
 def _status(field: str) -> int:

@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 
-from headbench.floor import Floor
-from headbench.memory import peak_bytes, resident_bytes
-from headbench.peers import IMPLEMENTATIONS, Bound
-from headbench.problem import Problem, Shape, Solution, make_problem, relative_error
+from robust_dpo.bench.floor import Floor
+from robust_dpo.bench.implementation import Bound
+from robust_dpo.bench.memory import extra_bytes
+from robust_dpo.bench.problem import Problem, Shape, make_problem
+from robust_dpo.bench.registry import IMPLEMENTATIONS
+from robust_dpo.bench.solution import Solution
+from robust_dpo.bench.timing import Run, Stopwatch
 
 FLOOR = "gemms"
+CPU = torch.device("cpu")
 _TINY = Shape(vocab=768, width=64, sequences=4, tokens=32)
 
 
@@ -28,12 +32,12 @@ class WorkerError(RuntimeError):
 
 
 def _time_floor(connection: Connection, problem_path: Path) -> None:
-    floor = Floor(Problem.load(problem_path, mmap=True))
-    tried = floor.search()
+    floor, stopwatch = Floor(Problem.load(problem_path, mmap=True)), Stopwatch(CPU)
+    tried = floor.search(stopwatch)
     choices = {"tried": tried, "chosen": floor.choices.values()}
     connection.send({kind: [asdict(choice) for choice in some] for kind, some in choices.items()})
     while connection.recv():
-        connection.send(floor.step())
+        connection.send(stopwatch.seconds(Run(floor.step)))
 
 
 def _time_implementation(connection: Connection, name: str, problem_path: Path, solution_path: Path) -> None:
@@ -41,26 +45,16 @@ def _time_implementation(connection: Connection, name: str, problem_path: Path, 
     start = time.perf_counter()
     loss = bound.step()
     first_seconds = time.perf_counter() - start
-    exact = Solution.load(solution_path)
-    dhidden, dweight = bound.gradients()
-    connection.send(
-        {
-            "first_seconds": first_seconds,
-            "loss": loss.item(),
-            "loss_error": relative_error(loss, exact.loss),
-            "dhidden_error": relative_error(dhidden.flatten(0, 1), exact.dhidden.flatten(0, 1)),
-            "dweight_error": relative_error(dweight, exact.dweight),
-        }
-    )
-    del exact, dhidden, dweight
-    while connection.recv():
+    errors = Solution.load(solution_path).errors(loss, *bound.gradients())
+    connection.send({"first_seconds": first_seconds, "errors": errors})
+    stopwatch = Stopwatch(CPU)
+
+    def prepare() -> None:
         bound.clear()
         gc.collect()
-        start = time.perf_counter()
-        bound.step()
-        seconds = time.perf_counter() - start
-        bound.clear()
-        connection.send(seconds)
+
+    while connection.recv():
+        connection.send(stopwatch.seconds(Run(bound.step, prepare, bound.clear)))
 
 
 def _measure_memory(connection: Connection, name: str, problem_path: Path) -> None:
@@ -71,15 +65,13 @@ def _measure_memory(connection: Connection, name: str, problem_path: Path) -> No
     """
     implementation = IMPLEMENTATIONS[name]
     problem = Problem.load(problem_path, mmap=False)
-    Bound.to(implementation, make_problem(_TINY, problem.weight.dtype, seed=0)).step()
+    Bound.to(implementation, make_problem(_TINY, problem.dtype, seed=0)).step()
     bound = Bound.to(implementation, problem)
     del problem
-    if implementation.compiles:
+    if "cpu" in implementation.compiles_on:
         bound.step()
         bound.clear()
-    baseline = resident_bytes()
-    peak, method = peak_bytes(bound.step)
-    connection.send({"extra_bytes": peak - baseline, "baseline_bytes": baseline, "method": method})
+    connection.send(extra_bytes(bound.step, CPU))
 
 
 _TASKS: dict[str, Callable[..., None]] = {

@@ -1,0 +1,83 @@
+"""Time that a run may take, and the ways to keep to it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+# Kept free at the end for tables and plots, but never more than a tenth of the whole.
+_MARGIN_SECONDS = 20.0
+
+
+class OutOfTime(BaseException):
+    """The time is up in the middle of a case.
+
+    No `Exception`: it has to pass through the handlers of whatever library it interrupts.
+    """
+
+
+class Budget:
+    """Minutes from now on.
+
+    Args:
+        minutes: of the whole run.
+        margin_seconds: kept for what comes after the last case; None for 20 seconds, at most a tenth of the whole.
+    """
+
+    def __init__(self, minutes: float, margin_seconds: float | None = None) -> None:
+        seconds = 60 * minutes
+        margin = min(_MARGIN_SECONDS, seconds / 10) if margin_seconds is None else margin_seconds
+        self.started = time.monotonic()
+        self.end = self.started + seconds
+        self.deadline = self.end - margin
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until measuring must stop; negative afterwards."""
+        return self.deadline - time.monotonic()
+
+    @property
+    def minutes_left(self) -> float:
+        """Of the whole, margin included."""
+        return max(0.0, self.end - time.monotonic()) / 60
+
+    @contextlib.contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Raise `OutOfTime` in the block when the time is up, also in the middle of a compilation.
+
+        Only in the main thread, and where the system has alarms; elsewhere the block runs to its end.
+        """
+        if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ring(number: int, frame: FrameType | None) -> None:
+            raise OutOfTime
+
+        if self.remaining <= 0:
+            raise OutOfTime
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, self.remaining)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+class Pace:
+    """How long a case will take, from what cases of its group took for each unit of their cost."""
+
+    def __init__(self) -> None:
+        self._slowest: dict[str, float] = {}
+
+    def learn(self, group: str, cost: float, seconds: float) -> None:
+        self._slowest[group] = max(self._slowest.get(group, 0.0), seconds / max(cost, 1.0))
+
+    def expect(self, group: str, cost: float) -> float:
+        """Seconds; 0 for a group that was never seen: then it is tried, and the alarm stands by."""
+        return self._slowest.get(group, 0.0) * max(cost, 1.0)

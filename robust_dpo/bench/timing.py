@@ -1,0 +1,93 @@
+"""Seconds of one call, and of several calls taken in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# More than any L2 cache (H100: 50 MB, B200: 126 MB): writing it leaves nothing of a call's inputs there.
+_FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """Something to time.
+
+    Args:
+        call: the timed part.
+        prepare: called before each timed call, outside of the time: restores what the call overwrites.
+        finish: called after it, outside of the time: lets go of results.
+    """
+
+    call: Callable[[], object]
+    prepare: Callable[[], object] | None = None
+    finish: Callable[[], object] | None = None
+
+
+class Stopwatch:
+    """Times calls on one device.
+
+    On a GPU between two events on the current stream. The L2 cache is flushed first, which also gives the CPU time to
+    submit the call: launch overhead is part of the time only where a call takes longer to submit than to run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush: Tensor | None = None
+        if device.type == "cuda":
+            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def seconds(self, run: Run) -> float:
+        """Of one call."""
+        if run.prepare is not None:
+            run.prepare()
+        seconds = self._wall(run.call) if self._flush is None else self._between_events(run.call, self._flush)
+        if run.finish is not None:
+            run.finish()
+        return seconds
+
+    def _wall(self, call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def _between_events(self, call: Callable[[], object], flush: Tensor) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def in_turns(
+    runs: Mapping[str, Run],
+    stopwatch: Stopwatch,
+    *,
+    rounds: int,
+    until: float,
+    warmups: int = 1,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, list[float]]:
+    """Seconds of every run in each of up to `rounds` rounds, after untimed ones.
+
+    Each round starts one place later than the one before, so that drift and noise of the machine fall on all alike. No
+    round begins after `until` (on `clock`) except the first.
+    """
+    order = list(runs)
+    for _ in range(warmups):
+        for run in runs.values():
+            stopwatch.seconds(run)
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    for turn in range(rounds):
+        if turn and clock() >= until:
+            break
+        first = turn % len(order) if order else 0
+        for name in order[first:] + order[:first]:
+            seconds[name].append(stopwatch.seconds(runs[name]))
+    return seconds
