@@ -37,7 +37,7 @@ std::vector<std::pair<std::string, std::vector<std::string>>> group_losses() {
 void group_epilogue(int loss, double first, double second, uintptr_t token_logps, uintptr_t ref_token_logps,
                     uintptr_t counted, uintptr_t seq_offsets, uintptr_t group_offsets, uintptr_t lengths, uintptr_t scores,
                     uintptr_t calibration, uintptr_t logps, uintptr_t ref_logps, uintptr_t losses, uintptr_t derivative,
-                    uintptr_t coefficients, uintptr_t state, int64_t first_group, int64_t last_group, double temperature,
+                    uintptr_t coefficients, uintptr_t state, bool live, bool tilted, int64_t first_group, int64_t last_group, double temperature,
                     double headroom, int threads) {
     const GroupEpilogueArgs args{pointer<const float>(token_logps),
                                  pointer<const float>(ref_token_logps),
@@ -53,6 +53,8 @@ void group_epilogue(int loss, double first, double second, uintptr_t token_logps
                                  pointer<float>(derivative),
                                  pointer<float>(coefficients),
                                  pointer<double>(state),
+                                 live,
+                                 tilted,
                                  first_group,
                                  last_group,
                                  temperature,
@@ -90,7 +92,7 @@ void bind_group_epilogue(py::module_& m) {
           py::arg("loss"), py::arg("first"), py::arg("second"), py::arg("token_logps"), py::arg("ref_token_logps"),
           py::arg("counted"), py::arg("seq_offsets"), py::arg("group_offsets"), py::arg("lengths"), py::arg("scores"),
           py::arg("calibration"), py::arg("logps"), py::arg("ref_logps"), py::arg("losses"), py::arg("derivative"),
-          py::arg("coefficients"), py::arg("state"), py::arg("first_group"), py::arg("last_group"), py::arg("temperature"),
+          py::arg("coefficients"), py::arg("state"), py::arg("live"), py::arg("tilted"), py::arg("first_group"), py::arg("last_group"), py::arg("temperature"),
           py::arg("headroom"), py::arg("threads"));
 }
 

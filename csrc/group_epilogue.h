@@ -12,9 +12,10 @@
 
 namespace robust_dpo {
 
+// Vectors of rows may be empty, and then null though they are there: `live` and `tilted` say whether they are.
 struct GroupEpilogueArgs {
     const float* token_logps;      // [rows]
-    const float* ref_token_logps;  // [rows] of a live reference, or null
+    const float* ref_token_logps;  // [rows] of a live reference
     const uint8_t* counted;        // [rows] 0 or 1, or null where all count
     const int64_t* seq_offsets;    // [responses + 1]
     const int64_t* group_offsets;  // [groups + 1]
@@ -22,11 +23,13 @@ struct GroupEpilogueArgs {
     const float* scores;           // [responses], or null: best first
     const float* calibration;      // [groups], or null for ones
     float* logps;                  // [responses] out
-    float* ref_logps;              // [responses] out with a live reference, in with a cached one, or null without any
+    float* ref_logps;              // [responses] out with a live reference, in with a cached one, or null for neither
     float* losses;                 // [groups] out
     float* derivative;             // [responses] out, ∂ℓ/∂logp
-    float* coefficients;           // [rows] out, or null: losses and derivatives alone
-    double* state;                 // [3] (shift, Σ e^{s − shift}, rescale) in and out, or null with coefficients
+    float* coefficients;           // [rows] out where tilted
+    double* state;                 // [3] (shift, Σ e^{s − shift}, rescale) in and out where tilted
+    bool live;                     // there is a live reference
+    bool tilted;                   // scores, state and coefficients are wanted, not losses and derivatives alone
     int64_t first_group, last_group;
     double temperature, headroom;
     double first, second;  // the loss's options
@@ -41,9 +44,9 @@ RDPO_HOST_DEVICE inline double counted_logp(const GroupEpilogueArgs& a, const fl
     return a.counted == nullptr || a.counted[row] != 0 ? static_cast<double>(logps[row]) : 0.0;
 }
 
-// Under the reference; `live` is the sum of ref_token_logps, where there are any.
-RDPO_HOST_DEVICE inline double reference_logp(const GroupEpilogueArgs& a, int64_t response, double live) {
-    if (a.ref_token_logps != nullptr) return live;
+// Under the reference; `sum` is that of its ref_token_logps, where the reference is live.
+RDPO_HOST_DEVICE inline double reference_logp(const GroupEpilogueArgs& a, int64_t response, double sum) {
+    if (a.live) return sum;
     return a.ref_logps == nullptr ? 0.0 : static_cast<double>(a.ref_logps[response]);
 }
 

@@ -45,9 +45,8 @@ void solve_groups(const GroupEpilogueArgs& a, int64_t widest, int64_t begin, int
             const int64_t response = first + i, start = a.seq_offsets[response], stop = a.seq_offsets[response + 1];
             logp[i] = response_sum(a, a.token_logps, start, stop);
             a.logps[response] = static_cast<float>(logp[i]);
-            const double live = a.ref_token_logps == nullptr ? 0.0 : response_sum(a, a.ref_token_logps, start, stop);
-            ref[i] = reference_logp(a, response, live);
-            if (a.ref_token_logps != nullptr) a.ref_logps[response] = static_cast<float>(live);
+            ref[i] = reference_logp(a, response, a.live ? response_sum(a, a.ref_token_logps, start, stop) : 0.0);
+            if (a.live) a.ref_logps[response] = static_cast<float>(ref[i]);
             length[i] = a.lengths[response];
             ranked_by[i] = quality(a, response, i);
         }
@@ -101,7 +100,7 @@ struct Call {
 void group_epilogue_cpu(const GroupEpilogueArgs& args, int loss, int threads) {
     const int64_t groups = args.last_group - args.first_group;
     if (groups <= 0) {
-        if (args.coefficients != nullptr) args.state[2] = 1.0;
+        if (args.tilted) args.state[2] = 1.0;
         return;
     }
     const int64_t tokens = args.seq_offsets[args.group_offsets[args.last_group]] -
@@ -116,7 +115,7 @@ void group_epilogue_cpu(const GroupEpilogueArgs& args, int loss, int threads) {
         };
     });
     parallel_ranges(groups, grain, threads, solve, &call);
-    if (args.coefficients == nullptr) return;
+    if (!args.tilted) return;
     advance(args);
     parallel_ranges(
         groups, grain, threads,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from robust_dpo.errors import argument_error
+
+if TYPE_CHECKING:
+    from robust_dpo.losses import BoundLoss
 
 
 class NativeLoss(NamedTuple):
@@ -91,6 +95,27 @@ class GroupEpilogueLauncher(Protocol):
 # Unnormalised weights e^{s − shift} may grow by e³⁰ before the accumulators are rescaled: far from the fp32 overflow at
 # e⁸⁸, and rare enough that rescaling costs nothing.
 HEADROOM = 30.0
+
+
+def has_loss(options: Mapping[str, tuple[str, ...]], loss: BoundLoss) -> bool:
+    """Whether a kernel with these losses (name -> names of the options that it takes) has this one."""
+    known = loss.built_in and loss.name in options
+    return known and {name for name, _ in loss.arguments} == set(options[loss.name])
+
+
+def option_values(options: Mapping[str, tuple[str, ...]], loss: NativeLoss) -> tuple[float, float]:
+    """The loss's options as a kernel takes them: two numbers, in its order, 0 for those that there are not.
+
+    Raises:
+        ValueError: the kernel does not have the loss, or an option is missing.
+    """
+    if loss.name not in options:
+        raise argument_error("loss", f"one of {', '.join(options)}", repr(loss.name))
+    missing = [name for name in options[loss.name] if name not in loss.arguments]
+    if missing:
+        raise argument_error("loss", f"a value for {', '.join(missing)} of {loss.name!r}", loss.arguments)
+    first, second = [*(float(loss.arguments[name]) for name in options[loss.name]), 0.0, 0.0][:2]
+    return first, second
 
 _FP32 = (torch.float32,)
 

@@ -284,6 +284,7 @@ register_backend(
         _probe_cpu,
         {
             ROW_LOGPROB: "robust_dpo.kernels.row_logprob_cpu:row_logprob",
+            GROUP_EPILOGUE: "robust_dpo.kernels.group_epilogue_cpu:group_epilogue",
             FUSED_HEAD: "robust_dpo.kernels.linear_head_cpu:unsupported_reason",
         },
         device_types=frozenset({"cpu"}),

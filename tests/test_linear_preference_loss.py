@@ -632,7 +632,7 @@ def test_large_scores_keep_the_gradient_normalised() -> None:
     logps = robust_dpo.sequence_logps(*problem.args)
     lengths = (problem.targets != -100).sum(1)
     other = robust_dpo.preference_loss(logps, lengths=lengths, **problem.kwargs, **options)
-    assert torch.equal(other.group_losses, output.group_losses)
+    torch.testing.assert_close(other.group_losses, output.group_losses, rtol=2**-22, atol=0)
     for gradient, wanted in zip(grads, torch.autograd.grad(other.loss, list(problem.leaves.values())), strict=True):
         assert relative_error(gradient, wanted) < 1e-5
 
