@@ -182,7 +182,7 @@ private:
     void add_target(int64_t row, const Workplace& own) const {
         const int64_t target = in_.targets[row];
         const float gradient = out_.coefficients[row] * in_.scale * tile_.target_derivative[row] *
-                               std::expm1(tile_.target_logp[row]);
+                               softmax_minus_one(tile_.target_logp[row]);
         if (out_.grad_bias != nullptr) out_.grad_bias[target] += gradient;
         const __m512 factor = S::set1(gradient);
         const auto* x = static_cast<const Element*>(in_.x) + row * in_.x_stride;

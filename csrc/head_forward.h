@@ -286,11 +286,11 @@ for (int m = 0; m < kStrip; ++m) highest = S::max(highest, z[m][v]);
             }
         }
         for (int64_t i = 0; i < std::min<int64_t>(kLanes, in_.rows - row); ++i) {
-            const double log_sum = std::log(total[i]), base = shift[i];
-            const double logp = double{sums.target_logit[row + i]} - base - log_sum;
-            out_.lse[row + i] = static_cast<float>(base + log_sum);
+            const ExpSums<double> all{shift[i], total[i], moment[i]};
+            const double logp = all.logp(sums.target_logit[row + i]);
+            out_.lse[row + i] = static_cast<float>(all.lse());
             out_.logp[row + i] = static_cast<float>(logp);
-            if (kEntropy) out_.entropy[row + i] = static_cast<float>(log_sum - moment[i] / total[i]);
+            if (kEntropy) out_.entropy[row + i] = static_cast<float>(all.entropy());
             if (out_.tile != nullptr) {
                 out_.tile->target_logp[row + i] = static_cast<float>(logp);
                 out_.tile->target_derivative[row + i] = sums.target_derivative[row + i];

@@ -84,42 +84,31 @@ struct Generic {
     }
 };
 
-// Float64 rows serve gradient checks, not speed: two plain passes with the library's exp and tanh.
+// Float64 rows serve gradient checks, not speed: the library's exp and tanh, element by element.
 void rows_float64(const RowLogprobArgs& a, int64_t begin, int64_t end) {
     const auto* bias = static_cast<const double*>(a.bias);
     for (int64_t i = begin; i < end; ++i) {
         const double* z = static_cast<const double*>(a.tile) + i * a.tile_stride;
-        const auto tanh_at = [&](int64_t j) {
-            const double affine = a.scale * (bias == nullptr ? z[j] : z[j] + bias[j]);
-            return a.softcap == 0.0 ? affine : std::tanh(affine / a.softcap);
+        const auto logit = [&](int64_t j) {
+            return capped(a.scale * (bias == nullptr ? z[j] : z[j] + bias[j]), a.softcap);
         };
-        const auto logit = [&](int64_t j) { return a.softcap == 0.0 ? tanh_at(j) : a.softcap * tanh_at(j); };
+        ExpSums<double> sums;
+        for (int64_t j = 0; j < a.vocab; ++j) sums.add(logit(j).value);
 
-        double highest = -HUGE_VAL;
-        for (int64_t j = 0; j < a.vocab; ++j) highest = std::max(highest, logit(j));
-        const double shift = highest == -HUGE_VAL ? 0.0 : highest;
-        double sum = 0.0, moment = 0.0;
-        for (int64_t j = 0; j < a.vocab; ++j) {
-            const double distance = logit(j) - shift, e = std::exp(distance);
-            sum += e;
-            if (e != 0.0) moment += e * distance;
-        }
-        const double log_sum = std::log(sum);
         const int64_t target = a.targets[i];
         const bool inside = target >= 0 && target < a.vocab;
-        const double logp = inside ? logit(target) - shift - log_sum : std::numeric_limits<double>::quiet_NaN();
+        const double logp = inside ? sums.logp(logit(target).value) : std::numeric_limits<double>::quiet_NaN();
         static_cast<double*>(a.logp)[i] = logp;
-        static_cast<double*>(a.lse)[i] = shift + log_sum;
-        if (a.entropy != nullptr) static_cast<double*>(a.entropy)[i] = log_sum - moment / sum;
+        static_cast<double*>(a.lse)[i] = sums.lse();
+        if (a.entropy != nullptr) static_cast<double*>(a.entropy)[i] = sums.entropy();
         if (a.grad == nullptr) continue;
 
         const double factor = a.scale * (a.row_scale == nullptr ? 1.0 : static_cast<const double*>(a.row_scale)[i]);
         double* out = static_cast<double*>(a.grad) + i * a.grad_stride;
         for (int64_t j = 0; j < a.vocab; ++j) {
-            const double t = tanh_at(j);
-            const double derivative = a.softcap == 0.0 ? 1.0 : 1.0 - t * t;
-            const double softmax = std::exp((a.softcap == 0.0 ? t : a.softcap * t) - shift) / sum;
-            out[j] = factor * derivative * (j == target ? std::expm1(logp) : softmax);
+            const ValueSlope<double> v = logit(j);
+            const double softmax = std::exp(v.value - sums.shift) / sums.sum;
+            out[j] = factor * v.slope * (j == target ? softmax_minus_one(logp) : softmax);
         }
     }
 }

@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "element.h"
+#include "formulas.h"
 #include "row_logprob.h"
 
 namespace robust_dpo {
@@ -105,23 +106,8 @@ struct Row {
     }
 };
 
-// Σ e^{x − shift} and Σ e^{x − shift}(x − shift) of a row so far.
-struct Sums {
-    double sum = 0.0, moment = 0.0;
-    float shift = 0.0f;
-    bool started = false;
-
-    void move_shift(float to) {
-        if (started) {
-            const double delta = static_cast<double>(shift) - static_cast<double>(to);
-            const double factor = std::exp(delta);
-            moment = factor * (moment + delta * sum);
-            sum *= factor;
-        }
-        shift = to;
-        started = true;
-    }
-};
+// Of a row so far. Its shift is a logit, exact in fp32; the sums need double.
+using Sums = ExpSums<double>;
 
 template <class Simd, class RowType, bool kEntropy>
 Sums row_sums(const RowType& row) {
@@ -158,9 +144,10 @@ Sums row_sums(const RowType& row) {
         for (int u = 1; u < S::kUnroll; ++u) highest = S::max(highest, x[u]);
         if (S::any_greater(highest, limit)) {
             fold();
-            sums.move_shift(S::reduce_max(highest));
-            shift = S::set1(sums.shift);
-            limit = S::set1(sums.shift + kSlack);
+            const float to = S::reduce_max(highest);
+            sums.move(to);
+            shift = S::set1(to);
+            limit = S::set1(to + kSlack);
         }
         for (int u = 0; u < S::kUnroll; ++u) {
             const Vec distance = S::sub(x[u], shift);
@@ -183,7 +170,7 @@ template <class Simd, class Out, class RowType>
 void row_gradient(const RowType& row, const Sums& sums, float row_scale, Out* out) {
     using S = Simd;
     using Vec = typename S::Vec;
-    const Vec shift = S::set1(sums.shift);
+    const Vec shift = S::set1(static_cast<float>(sums.shift));
     const Vec factor = S::set1(static_cast<float>(static_cast<double>(row_scale) * row.scale / sums.sum));
     Vec derivative;
     int64_t j = 0;
@@ -212,9 +199,6 @@ void rows_of(const RowLogprobArgs& a, int64_t begin, int64_t end) {
                           softcap,
                           1.0f / softcap};
         const Sums sums = a.entropy == nullptr ? row_sums<Simd, RowType, false>(row) : row_sums<Simd, RowType, true>(row);
-        const double log_sum = std::log(sums.sum);
-        const double lse = sums.started ? sums.shift + log_sum : sums.sum - kInfinity;
-
         const int64_t target = a.targets[i];
         const bool inside = target >= 0 && target < a.vocab;
         double logp = std::numeric_limits<double>::quiet_NaN();
@@ -225,20 +209,17 @@ void rows_of(const RowLogprobArgs& a, int64_t begin, int64_t end) {
             Simd::store(logit, row.logits_tail(target, 1, d));
             Simd::store(derivatives, d);
             derivative = derivatives[0];
-            logp = static_cast<double>(logit[0]) - lse;
-            // Relative to the shift both terms are small, so rows of huge logits lose nothing.
-            if (sums.started) logp = static_cast<double>(logit[0]) - static_cast<double>(sums.shift) - log_sum;
+            logp = sums.logp(logit[0]);
         }
         static_cast<float*>(a.logp)[i] = static_cast<float>(logp);
-        static_cast<float*>(a.lse)[i] = static_cast<float>(lse);
-        if (a.entropy != nullptr) static_cast<float*>(a.entropy)[i] = static_cast<float>(log_sum - sums.moment / sums.sum);
+        static_cast<float*>(a.lse)[i] = static_cast<float>(sums.lse());
+        if (a.entropy != nullptr) static_cast<float*>(a.entropy)[i] = static_cast<float>(sums.entropy());
         if (a.grad == nullptr) continue;
 
         const float row_scale = a.row_scale == nullptr ? 1.0f : static_cast<const float*>(a.row_scale)[i];
         Out* out = static_cast<Out*>(a.grad) + i * a.grad_stride;
         row_gradient<Simd>(row, sums, row_scale, out);
-        // softmax − 1 of the target by expm1: exact where the model is nearly certain.
-        if (inside) from_float(static_cast<float>(row_scale * a.scale * derivative * std::expm1(logp)), out[target]);
+        if (inside) from_float(static_cast<float>(row_scale * a.scale * derivative * softmax_minus_one(logp)), out[target]);
     }
 }
 
