@@ -22,10 +22,10 @@ _NUMBERS = {"responses": "i64", "classifiers": "i64", "slots": "i64", "period": 
 
 @triton.jit(do_not_specialize=[*_NUMBERS, "offset", "clip"], do_not_specialize_on_alignment=["p_probs", *_POINTERS])
 def calibration_weights_kernel(
-    p_probs,
-    p_betas,
-    p_gammas,
-    p_weights,
+    p_probs: tl.tensor,
+    p_betas: tl.tensor,
+    p_gammas: tl.tensor,
+    p_weights: tl.tensor,
     responses: tl.int64,
     classifiers: tl.int64,
     slots: tl.int64,
@@ -34,7 +34,7 @@ def calibration_weights_kernel(
     clip: tl.float32,
     PAPER: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     o_response = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_response = o_response < responses
     b_sum = tl.zeros([BLOCK], tl.float32)

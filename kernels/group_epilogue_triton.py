@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robust_dpo.errors import argument_error
 from robust_dpo.kernels.group_epilogue import EpilogueVectors, NativeLoss, check_arguments
-from robust_dpo.kernels.group_losses_triton import LOSS_KERNELS
+from robust_dpo.kernels.group_losses_triton import LOSS_KERNELS, GroupBlock
 from robust_dpo.kernels.group_weights_triton import (
     ARGUMENTS,
     CACHED,
@@ -27,6 +27,7 @@ from robust_dpo.kernels.group_weights_triton import (
     ROWS,
     SCORES,
     TILT,
+    ChunkPointers,
     advance,
     epilogue_jit,
     launch_shape,
@@ -43,7 +44,16 @@ ROWS_OF_LAST_PROGRAM = 8192
 
 
 @triton.jit
-def _segment_sums(p_tokens, p_ref_tokens, p_counted, present, b_start, b_count, K: tl.constexpr, TOKENS: tl.constexpr):
+def _segment_sums(
+    p_tokens: tl.tensor,
+    p_ref_tokens: tl.tensor,
+    p_counted: tl.tensor,
+    present: tl.tensor,
+    b_start: tl.tensor,
+    b_count: tl.tensor,
+    K: tl.constexpr,
+    TOKENS: tl.constexpr,
+) -> tl.tuple:
     """[K] fp64 sums of the counted log-probs of K responses, policy and reference."""
     b_sum = tl.zeros([K, TOKENS], tl.float64)
     b_ref_sum = tl.zeros([K, TOKENS], tl.float64)
@@ -63,23 +73,23 @@ def _segment_sums(p_tokens, p_ref_tokens, p_counted, present, b_start, b_count, 
 
 @epilogue_jit
 def group_epilogue_kernel(
-    p_tokens,
-    p_ref_tokens,
-    p_counted,
-    p_seq_offsets,
-    p_group_offsets,
-    p_lengths,
-    p_scores,
-    p_calibration,
-    p_logps,
-    p_ref_logps,
-    p_losses,
-    p_derivative,
-    p_coefficients,
-    p_state,
-    p_counter,
+    p_tokens: tl.tensor,
+    p_ref_tokens: tl.tensor,
+    p_counted: tl.tensor,
+    p_seq_offsets: tl.tensor,
+    p_group_offsets: tl.tensor,
+    p_lengths: tl.tensor,
+    p_scores: tl.tensor,
+    p_calibration: tl.tensor,
+    p_logps: tl.tensor,
+    p_ref_logps: tl.tensor,
+    p_losses: tl.tensor,
+    p_derivative: tl.tensor,
+    p_coefficients: tl.tensor,
+    p_state: tl.tensor,
+    p_counter: tl.tensor,
     first_group: tl.int64,
-    num_groups: tl.int64,
+    last_group: tl.int64,
     present: tl.int32,
     temperature: tl.float64,
     first: tl.float64,
@@ -89,7 +99,7 @@ def group_epilogue_kernel(
     TOKENS: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
-):
+) -> None:
     i_group = first_group + tl.program_id(0)
     o_first = tl.load(p_group_offsets + i_group)
     size = tl.load(p_group_offsets + i_group + 1) - o_first
@@ -112,18 +122,10 @@ def group_epilogue_kernel(
     m_better = m_pair & (b_quality[:, None] > b_quality[None, :])
     m_tied = m_pair & (b_quality[:, None] == b_quality[None, :])
     m_before = m_better | (m_tied & (o_slot[:, None] < o_slot[None, :]))
-    loss, b_derivative = LOSS(
-        b_logp,
-        b_ref + b_cached,
-        b_length,
-        b_quality,
-        m_response,
-        m_better,
-        m_before,
-        size.to(tl.float64),
-        first,
-        second,
+    group = GroupBlock(
+        b_logp, b_ref + b_cached, b_length, b_quality, m_response, m_better, m_before, size.to(tl.float64)
     )
+    loss, b_derivative = LOSS(group, first, second)
     tl.store(p_losses + i_group, loss.to(tl.float32))
     tl.store(p_derivative + o_response, b_derivative.to(tl.float32), m_response)
 
@@ -134,27 +136,22 @@ def group_epilogue_kernel(
         arrived = tl.atomic_add(p_counter, 1, sem="acq_rel")
         if arrived == tl.num_programs(0) - 1:
             tl.store(p_counter, 0)  # for the next launch
-            shift = advance(p_losses, p_calibration, p_state, present, first_group, num_groups, temperature)
+            chunk = ChunkPointers(
+                p_counted,
+                p_seq_offsets,
+                p_group_offsets,
+                p_calibration,
+                p_losses,
+                p_derivative,
+                p_coefficients,
+                p_state,
+                present,
+                temperature,
+            )
+            shift = advance(chunk, first_group, last_group)
             if (present & ROWS) != 0:
-                last_group = first_group + num_groups
                 for i_tile in range(first_group, last_group, TILE_GROUPS):
-                    write_rows(
-                        p_counted,
-                        p_seq_offsets,
-                        p_group_offsets,
-                        p_calibration,
-                        p_losses,
-                        p_derivative,
-                        p_coefficients,
-                        present,
-                        i_tile,
-                        last_group,
-                        temperature,
-                        shift,
-                        TILE_GROUPS,
-                        K,
-                        TILE_TOKENS,
-                    )
+                    write_rows(chunk, i_tile, last_group, shift, TILE_GROUPS, K, TILE_TOKENS)
 
 
 def supports(loss: BoundLoss, widest: int) -> bool:
@@ -219,7 +216,7 @@ def group_epilogue(
             state,
             _counter(v.logps.device),
             first_group,
-            groups,
+            last_group,
             present,
             t,
             first,

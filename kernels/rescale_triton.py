@@ -21,7 +21,7 @@ NUM_WARPS = 8
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["p_factor"])
-def rescale_kernel(p_total, p_factor, count: tl.int64, BLOCK: tl.constexpr):
+def rescale_kernel(p_total: tl.tensor, p_factor: tl.tensor, count: tl.int64, BLOCK: tl.constexpr) -> None:
     factor = tl.load(p_factor).to(p_total.dtype.element_ty)
     if factor != 1.0:
         o_block = tl.arange(0, BLOCK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import subprocess
@@ -11,16 +10,15 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from row_cases import TRANSFORMS, Case, check_errors, dtype_id, error, make_case, poisoned, run, triton_launchers
 
 from robust_dpo.kernels import row_logprob_torch
-from robust_dpo.kernels.row_logprob import RowLogprob, RowLogprobLauncher
+from robust_dpo.kernels.row_logprob import RowLogprobLauncher
 
 HAS_CPU = importlib.util.find_spec("robust_dpo._cpu") is not None
 if HAS_CPU:
@@ -31,19 +29,14 @@ if HAS_CPU:
     LAUNCHERS |= {f"cpu-{isa}": (row_logprob_cpu.row_logprob, isa) for isa in row_logprob_cpu.usable_isas()}
 CPU_LAUNCHERS = [name for name in LAUNCHERS if name != "torch"]
 
-needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the native CPU extension is not built")
+# Numpy speaks up in Triton's interpreter where a GPU computes on, in rows of infinities.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+NATIVE_LAUNCHERS = list(LAUNCHERS)
+LAUNCHERS |= {name: (function, None) for name, function in triton_launchers().items()}
+KERNEL_LAUNCHERS = [name for name in LAUNCHERS if name != "torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-TRANSFORMS = {
-    "plain": {},
-    "scale": {"logit_scale": 0.37},
-    "bias": {"bias": True},
-    "softcap": {"softcap": 5.0},
-    "all": {"logit_scale": -1.3, "bias": True, "softcap": 30.0},
-}
 
-
-def dtype_id(value: object) -> str | None:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the native CPU extension is not built")
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> RowLogprobLauncher:
@@ -55,6 +48,20 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> RowLogprobLauncher:
 
 @pytest.fixture(params=list(LAUNCHERS))
 def launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RowLogprobLauncher:
+    dtypes = {request.node.callspec.params.get(name) for name in ("dtype", "tile_dtype")}
+    if request.param.startswith("triton") and torch.float64 in dtypes:
+        pytest.skip("Triton takes no float64 tiles")
+    return use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=NATIVE_LAUNCHERS)
+def native_launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RowLogprobLauncher:
+    """Those that are fast without a GPU; test_row_logprob_triton.py has the sizes for the others."""
+    return use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=KERNEL_LAUNCHERS)
+def kernel_launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RowLogprobLauncher:
     return use(request.param, monkeypatch)
 
 
@@ -70,96 +77,14 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@dataclass(frozen=True)
-class Case:
-    """Inputs, and plain formulas of them evaluated in a given precision."""
-
-    logits: Tensor
-    targets: Tensor
-    row_scale: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
-
-    def options(self) -> dict[str, object]:
-        return {
-            "bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale, "row_scale": self.row_scale,
-        }  # fmt: skip
-
-    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """logp, lse, entropy, gradient."""
-        z = self.logits.to(dtype).requires_grad_()
-        values = z if self.bias is None else z + self.bias.to(dtype)
-        values = values * self.logit_scale
-        if self.softcap is not None:
-            values = self.softcap * torch.tanh(values / self.softcap)
-        log_probs = values.log_softmax(1)
-        logp = log_probs.gather(1, self.targets[:, None])[:, 0]
-        # logp's gradient is onehot - softmax; the kernel writes that of -logp.
-        (gradient,) = torch.autograd.grad(-(logp * self.row_scale.to(dtype)).sum(), z)
-        entropy = -(log_probs.exp() * log_probs).sum(1)
-        return logp.detach(), values.logsumexp(1).detach(), entropy.detach(), gradient
-
-
-def make_case(dtype: torch.dtype, rows: int, vocab: int, transform: str = "plain", spread: float = 3.0) -> Case:
-    options = dict(TRANSFORMS[transform])
-    return Case(
-        (torch.randn(rows, vocab, dtype=torch.float64) * spread).to(dtype),
-        torch.randint(0, vocab, (rows,)),
-        torch.randn(rows),
-        torch.randn(vocab) if options.pop("bias", False) else None,
-        options.get("softcap"),  # type: ignore[arg-type]  # a table of mixed options
-        options.get("logit_scale", 1.0),  # type: ignore[arg-type]
-    )
-
-
-@functools.lru_cache(maxsize=512)
-def solved(dtype: torch.dtype, rows: int, vocab: int, transform: str) -> tuple[Case, tuple[Tensor, ...], list[float]]:
-    """A case, its float64 solution and the errors of PyTorch in the kernel's precision; shared by the launchers."""
-    case = make_case(dtype, rows, vocab, transform)
-    truth = case.plain(torch.float64)
-    plain = case.plain(torch.float64 if dtype == torch.float64 else torch.float32)
-    plain = (*plain[:3], plain[3].to(dtype))
-    return case, truth, [error(ours, exact) for ours, exact in zip(plain, truth, strict=True)]
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    """Largest absolute error; NaN counts as infinite."""
-    if ours.numel() == 0:
-        return 0.0
-    return float((ours.double() - exact).abs().nan_to_num(nan=float("inf")).max())
-
-
-def poisoned(case: Case, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.full_like(case.logits, float("nan"), dtype=dtype or case.logits.dtype)
-
-
-def run(launcher: RowLogprobLauncher, case: Case, grad: Tensor | None, entropy: bool = True) -> RowLogprob:
-    return launcher(case.logits, case.targets, grad_out=grad, entropy=entropy, **case.options())  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("rows", [0, 1, 7])
 @pytest.mark.parametrize("vocab", [1, 31, 1024, 50257, 129920])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_errors_stay_within_twice_those_of_pytorch(
-    launcher: RowLogprobLauncher, dtype: torch.dtype, vocab: int, rows: int, transform: str
+    native_launcher: RowLogprobLauncher, dtype: torch.dtype, vocab: int, rows: int, transform: str
 ) -> None:
-    case, truth, budget = solved(dtype, rows, vocab, transform)
-    grad = poisoned(case)
-    result = run(launcher, case, grad)
-    assert result.entropy is not None
-    precision = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, ours, exact, allowed in zip(
-        ("logp", "lse", "entropy", "grad"), (*result, grad), truth, budget, strict=True
-    ):
-        if name != "grad":
-            assert ours.dtype == precision
-        largest = float(exact.abs().max()) if exact.numel() else 0.0
-        # In float64 the truth has rounding errors of the same size, which grow with the vocabulary.
-        units = 4096 if precision == torch.float64 else 4
-        tiny = units * torch.finfo(precision).eps * max(1.0, largest)
-        assert error(ours, exact) <= 2 * allowed + tiny, name
+    check_errors(native_launcher, dtype, rows, vocab, transform)
 
 
 @pytest.mark.parametrize("transform", ["plain", "all"])
@@ -170,7 +95,7 @@ def test_errors_stay_within_twice_those_of_pytorch(
      (torch.float64, torch.float64)],
     ids=dtype_id,
 )  # fmt: skip
-@pytest.mark.parametrize("vocab", [1, 37, 50257])
+@pytest.mark.parametrize("vocab", [1, 37, 20011])
 def test_in_place_equals_out_of_place(
     launcher: RowLogprobLauncher, tile_dtype: torch.dtype, grad_dtype: torch.dtype, vocab: int, transform: str
 ) -> None:
@@ -209,8 +134,9 @@ def test_padded_rows_are_read_and_written_only_inside(launcher: RowLogprobLaunch
     grad = out[:, 3 : 3 + 1003]
     padded = Case(tile, case.targets, case.row_scale, case.bias, case.softcap, case.logit_scale)
     result = run(launcher, padded, grad)
-    assert torch.equal(result.logp, expected.logp)
-    assert torch.equal(grad, expected_grad)
+    # Where sums are cut follows the alignment on a GPU.
+    torch.testing.assert_close(result.logp, expected.logp, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad, expected_grad, rtol=max(3e-6, torch.finfo(dtype).eps), atol=0)
     assert (out[:, :3] == 123).all()
     assert (out[:, 3 + 1003 :] == 123).all()
 
@@ -298,12 +224,11 @@ def test_ties(launcher: RowLogprobLauncher, dtype: torch.dtype) -> None:
     torch.testing.assert_close(grad[:, 1:4095].double(), grad.new_full((2, 4094), 1 / 4096).double(), rtol=1e-6, atol=0)
 
 
-@needs_cpu
-def test_nearly_certain_target_keeps_its_gradient(cpu_launcher: RowLogprobLauncher) -> None:
+def test_nearly_certain_target_keeps_its_gradient(kernel_launcher: RowLogprobLauncher) -> None:
     # softmax - 1 computed as a difference in fp32 would be 0 here; its value is -4.1e-8.
     logits = torch.tensor([[17.0, 0.0]])
     grad = torch.empty_like(logits)
-    cpu_launcher(logits, torch.tensor([0]), grad_out=grad)
+    kernel_launcher(logits, torch.tensor([0]), grad_out=grad)
     exact = torch.tensor([-17.0], dtype=torch.float64).sigmoid()
     torch.testing.assert_close(grad[0].double(), torch.cat([-exact, exact]), rtol=1e-6, atol=0)
 
@@ -332,30 +257,28 @@ def test_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         torch.testing.assert_close(other[3], results[0][3], rtol=2 * rounding + 3e-6, atol=1e-6)
 
 
-@needs_cpu
 @pytest.mark.parametrize("target", [-1, -(2**62), 100, 2**62])
-def test_target_outside_the_vocabulary_touches_no_memory(cpu_launcher: RowLogprobLauncher, target: int) -> None:
+def test_target_outside_the_vocabulary_touches_no_memory(kernel_launcher: RowLogprobLauncher, target: int) -> None:
     # Python refuses such targets before this point; the kernel must still be safe.
     case = make_case(torch.float32, 2, 100)
     case.targets[1] = target
     grad = poisoned(case)
-    result = cpu_launcher(case.logits, case.targets, grad_out=grad)
+    result = kernel_launcher(case.logits, case.targets, grad_out=grad)
     assert result.logp.isnan().tolist() == [False, True]
     torch.testing.assert_close(grad[1], case.logits[1].softmax(0), rtol=1e-5, atol=1e-7)
 
 
-@needs_cpu
-def test_offsets_have_64_bits(cpu_launcher: RowLogprobLauncher) -> None:
+def test_offsets_have_64_bits(kernel_launcher: RowLogprobLauncher) -> None:
     # Row 1 begins past element 2^31; memory that is never touched is never committed.
     stride = 2**31 + 11
     tile = torch.empty(stride + 50, dtype=torch.bfloat16).as_strided((2, 50), (stride, 1))
     small = torch.randn(2, 50).bfloat16()
     tile.copy_(small)
     targets = torch.tensor([1, 49])
-    result = cpu_launcher(tile, targets, grad_out=tile)
-    expected = cpu_launcher(small, targets, grad_out=small)
-    assert torch.equal(result.logp, expected.logp)
-    assert torch.equal(tile, small)
+    result = kernel_launcher(tile, targets, grad_out=tile)
+    expected = kernel_launcher(small, targets, grad_out=small)
+    torch.testing.assert_close(result.logp, expected.logp, rtol=1e-6, atol=0)
+    torch.testing.assert_close(tile, small, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
 @needs_cpu

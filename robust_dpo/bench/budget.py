@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -70,14 +71,20 @@ class Budget:
 
 
 class Pace:
-    """How long a case will take, from what cases of its group took for each unit of their cost."""
+    """How long a case will take, from the case of its group that was most like it."""
 
     def __init__(self) -> None:
-        self._slowest: dict[str, float] = {}
+        self._seen: dict[str, list[tuple[float, float]]] = {}
 
     def learn(self, group: str, cost: float, seconds: float) -> None:
-        self._slowest[group] = max(self._slowest.get(group, 0.0), seconds / max(cost, 1.0))
+        self._seen.setdefault(group, []).append((max(cost, 1.0), seconds))
 
     def expect(self, group: str, cost: float) -> float:
-        """Seconds; 0 for a group that was never seen: then it is tried, and the alarm stands by."""
-        return self._slowest.get(group, 0.0) * max(cost, 1.0)
+        """Seconds; 0 for a group that was never seen: then it is tried, and the alarm stands by.
+
+        More cost takes longer in proportion; less cost may be set-up that does not shrink, so it is taken as long.
+        """
+        cost = max(cost, 1.0)
+        seen = self._seen.get(group, [])
+        known, seconds = min(seen, key=lambda entry: abs(math.log(cost / entry[0])), default=(1.0, 0.0))
+        return seconds * max(1.0, cost / known)

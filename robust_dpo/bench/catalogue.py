@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 
 from robust_dpo.bench.cases.base import Case
+from robust_dpo.bench.cases.calibration import CalibrationCase
 from robust_dpo.bench.cases.ceilings import CeilingCase, ProductCase
-from robust_dpo.bench.cases.group_kernels import CalibrationCase, EpilogueCase
+from robust_dpo.bench.cases.epilogue import EpilogueCase
 from robust_dpo.bench.cases.head import HeadCase
 from robust_dpo.bench.cases.logits import LogitsCase
 from robust_dpo.bench.cases.row_kernel import RowCase

@@ -81,6 +81,7 @@ class Store:
                 "cases": {},
                 "skipped": [],
                 "measuring": None,
+                "deaths": [],
                 "crashes": [],
             }
             self._content["runs"].append(found)
@@ -151,9 +152,7 @@ class Store:
 
     def announce(self, case: str, row: str) -> None:
         """Write down what is about to run, for the case that it takes the process with it."""
-        before = self._run["measuring"] or {}
-        deaths = before.get("deaths", 0) if (before.get("case"), before.get("row")) == (case, row) else 0
-        self._run["measuring"] = {"case": case, "row": row, "deaths": deaths}
+        self._run["measuring"] = [case, row]
         self.save()
 
     def crash(self, case: str, row: str, why: str) -> None:
@@ -163,14 +162,14 @@ class Store:
 
     def _blame_last_death(self) -> None:
         """A process that ended between `announce` and `put` died, or was killed, at what it had announced."""
-        last = self._run["measuring"]
+        last, deaths = self._run["measuring"], self._run["deaths"]
         if last is None:
             return
-        last["deaths"] += 1
-        if last["deaths"] >= _DEATHS:
-            why = f"the process died {last['deaths']} times while it was measured"
-            self._run["crashes"].append([last["case"], last["row"], why])
-            self._run["measuring"] = None
+        deaths.append(last)
+        self._run["measuring"] = None
+        if deaths.count(last) >= _DEATHS:
+            self._run["crashes"].append([*last, f"the process died {_DEATHS} times while it was measured"])
+            self._run["deaths"] = [death for death in deaths if death != last]
 
 
 def _now() -> str:

@@ -90,6 +90,7 @@ COLUMNS: dict[str, Cell] = {
     "dhidden error": _error("dhidden"),
     "dweight error": _error("dweight"),
     "gradient error": _error("gradient"),
+    "h error": _error("h"),
 }
 # A terminal is narrow.
 _WIDE = ("peak, GiB", "memory, × ours", *(name for name in COLUMNS if name.endswith(" error")))

@@ -11,6 +11,7 @@ from robust_dpo.bench.compare import Candidate, Opened
 from robust_dpo.bench.record import Record, Role, Row
 from robust_dpo.bench.timing import Run
 from robust_dpo.bench.workbench import Workbench
+from robust_dpo.dispatch import backends, choose_backend
 
 # Far above rounding, far below a wrong result. For the head: half precision logits are off by 2 % in the worst case.
 HEAD_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -48,6 +49,20 @@ class Case(ABC):
     def wants(self, bench: Workbench) -> list[str]:
         """Rows that a complete record has for what is asked for, where that can change between runs."""
         return []
+
+
+def backends_for(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Name -> detail of every backend that runs an operator here, the one that `auto` takes first."""
+    found = {}
+    for status in backends().backends:
+        try:
+            choose_backend(operator, status.name, device, dtype)
+        except RuntimeError:
+            continue
+        # Triton's interpreter is for tests: a thousand times slower than what it stands for.
+        if "interpreted" not in status.detail:
+            found[status.name] = status.detail
+    return found
 
 
 def copy_floor(traffic: float, like: Tensor, spare: Tensor) -> Candidate:

@@ -7,32 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robust_dpo.bench.cases.base import GRADIENT_LIMIT, KERNEL_LIMIT, Case, copy_floor, dtype_name
+from robust_dpo.bench.cases.base import GRADIENT_LIMIT, KERNEL_LIMIT, Case, backends_for, copy_floor, dtype_name
 from robust_dpo.bench.compare import Candidate, Opened, compare
 from robust_dpo.bench.problem import Shape, make_problem
 from robust_dpo.bench.record import Record, Role, Row
 from robust_dpo.bench.solution import relative_error
 from robust_dpo.bench.timing import Run
 from robust_dpo.bench.workbench import Workbench
-from robust_dpo.dispatch import ROW_LOGPROB, backends, choose_backend, get_row_logprob
+from robust_dpo.dispatch import ROW_LOGPROB, get_row_logprob
 
 # Width of the states that the tile is the product of; it changes nothing but how the logits look.
 _WIDTH = 64
 _CHECKED_ROWS = 64
-
-
-def backends_for(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Name -> detail of every backend that runs an operator here, the one that `auto` takes first."""
-    found = {}
-    for status in backends().backends:
-        try:
-            choose_backend(operator, status.name, device, dtype)
-        except RuntimeError:
-            continue
-        # Triton's interpreter is for tests: a thousand times slower than what it stands for.
-        if "interpreted" not in status.detail:
-            found[status.name] = status.detail
-    return found
 
 
 def make_tile(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,17 @@
-"""group_epilogue and calibration_weights by themselves: small vectors, so what counts is the number of launches."""
+"""group_epilogue by itself: small vectors, so what counts is the number of launches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robust_dpo import losses
-from robust_dpo.bench.cases.base import KERNEL_LIMIT, Case
-from robust_dpo.bench.cases.row_kernel import backends_for
+from robust_dpo.bench.cases.base import Case, backends_for
 from robust_dpo.bench.compare import Candidate, Opened, compare
-from robust_dpo.bench.problem import group_loss
 from robust_dpo.bench.record import Record, Role, Row
 from robust_dpo.bench.solution import relative_error
 from robust_dpo.bench.timing import Run
@@ -102,41 +102,25 @@ class EpilogueCase(Case):
             widest=2,
         )
 
-    def _plain(self, vectors: EpilogueVectors, dtype: torch.dtype) -> Tensor:
-        """Coefficients [N] as plain PyTorch computes them, from sums of equally long responses."""
+    def _plain(self, vectors: EpilogueVectors, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Coefficients [N] in plain PyTorch, the derivative by autograd: what a trainer does."""
         assert vectors.ref_token_logps is not None and vectors.calibration is not None
-        shape = (2 * self.groups, -1)
-        logps = vectors.token_logps.to(dtype).view(shape).sum(1).requires_grad_()
-        ref_logps = vectors.ref_token_logps.to(dtype).view(shape).sum(1)
-        per_group = torch.stack(
-            [group_loss(*pair, self.beta, 2) for pair in zip(logps.split(2), ref_logps.split(2), strict=True)]
-        )
+        tokens = torch.stack([vectors.token_logps, vectors.ref_token_logps]).to(dtype)
+        logps, ref_logps = tokens.view(2, self.groups, 2, -1).sum(3)
+        t = self.beta * (logps.requires_grad_() - ref_logps)
+        per_group = -F.logsigmoid(t[:, 0] - t[:, 1])
         (derivative,) = torch.autograd.grad(per_group.sum(), logps)
-        calibration = vectors.calibration.to(dtype)
-        scores = calibration * per_group.detach()
-        weights = (scores - scores.max()).exp() * calibration
-        return (-weights.repeat_interleave(2) * derivative).repeat_interleave(self.tokens // 2)
+        scores = vectors.calibration * per_group.detach()
+        weights = (scores - scores.max()).exp() * vectors.calibration
+        return (-weights[:, None] * derivative).flatten().repeat_interleave(self.tokens // 2)
 
     def _plain_candidate(self, vectors: EpilogueVectors, exact: Tensor) -> Candidate:
-        def call() -> Tensor:
-            return self._eager(vectors)
+        call = partial(self._plain, vectors)
 
         def open_() -> Opened:
             return Opened(Run(call), {"gradient": relative_error(call(), exact)})
 
         return Candidate(Row("plain"), open_, {"gradient": _LIMIT}, takes_memory=False)
-
-    def _eager(self, vectors: EpilogueVectors) -> Tensor:
-        """The same in fp32 for all groups at once, its derivative by autograd: what a trainer does."""
-        assert vectors.ref_token_logps is not None and vectors.calibration is not None
-        sums = torch.stack([vectors.token_logps, vectors.ref_token_logps]).view(2, self.groups, 2, -1).sum(3)
-        logps = sums[0].requires_grad_()
-        t = self.beta * (logps - sums[1])
-        per_group = -torch.nn.functional.logsigmoid(t[:, 0] - t[:, 1])
-        (derivative,) = torch.autograd.grad(per_group.sum(), logps)
-        scores = vectors.calibration * per_group.detach()
-        weights = (scores - scores.max()).exp() * vectors.calibration
-        return (-weights[:, None] * derivative).flatten().repeat_interleave(self.tokens // 2)
 
     def _candidate(self, backend: str, vectors: EpilogueVectors, exact: Tensor, bench: Workbench) -> Candidate:
         def open_() -> Opened:
@@ -158,59 +142,3 @@ class EpilogueCase(Case):
             return Opened(Run(call, restore), {"gradient": relative_error(vectors.coefficients, exact)})
 
         return Candidate(Row(backend, Role.OURS), open_, {"gradient": _LIMIT}, takes_memory=False)
-
-
-@dataclass(frozen=True)
-class CalibrationCase(Case):
-    """Density ratios of many classifier probabilities.
-
-    Args:
-        count: of probabilities.
-    """
-
-    count: int = 1 << 20
-
-    @property
-    def name(self) -> str:
-        return f"calibration_weights n={self.count}"
-
-    @property
-    def group(self) -> str:
-        return "calibration"
-
-    @property
-    def cost(self) -> float:
-        return 8.0 * self.count
-
-    def measure(self, bench: Workbench) -> Record:
-        generator = torch.Generator(bench.device).manual_seed(bench.seed)
-        probs = torch.rand(self.count, generator=generator, device=bench.device)
-        # The mixture of equal parts, γ = 1: h = 1 / (½ + ½ (1 − c)/c).
-        exact = 1 / (0.5 + 0.5 * (1 - probs.double()) / probs.double())
-        candidates = [
-            self._candidate("ours", Role.OURS, probs, exact),
-            self._candidate("plain", Role.PEER, probs, exact),
-        ]
-        complete = compare(candidates, bench, self.name, rounds=5 * bench.rounds, warmups=3)
-        return Record(
-            self.name,
-            self.group,
-            f"Calibration weights of {self.count} probabilities (mixture), with their checks",
-            [candidate.row for candidate in candidates],
-            "float32",
-            {"count": self.count},
-            bytes=8 * self.count,
-            check="float64",
-            complete=complete,
-        )
-
-    def _candidate(self, name: str, role: Role, probs: Tensor, exact: Tensor) -> Candidate:
-        from robust_dpo.calibration import density_ratio
-
-        def call() -> Tensor:
-            return density_ratio(probs, "mixture") if role is Role.OURS else 1 / (0.5 + 0.5 * (1 - probs) / probs)
-
-        def open_() -> Opened:
-            return Opened(Run(call), {"h": relative_error(call(), exact)})
-
-        return Candidate(Row(name, role), open_, {"h": KERNEL_LIMIT})
