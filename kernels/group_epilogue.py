@@ -117,6 +117,7 @@ def option_values(options: Mapping[str, tuple[str, ...]], loss: NativeLoss) -> t
     first, second = [*(float(loss.arguments[name]) for name in options[loss.name]), 0.0, 0.0][:2]
     return first, second
 
+
 _FP32 = (torch.float32,)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robust_dpo.errors import argument_error
-from robust_dpo.kernels.group_epilogue import EpilogueVectors, NativeLoss, check_arguments
+from robust_dpo.kernels.group_epilogue import EpilogueVectors, NativeLoss, check_arguments, has_loss, option_values
 from robust_dpo.kernels.group_losses_triton import LOSS_KERNELS, GroupBlock
 from robust_dpo.kernels.group_weights_triton import (
     ARGUMENTS,
@@ -38,6 +38,8 @@ from robust_dpo.kernels.group_weights_triton import (
 from robust_dpo.kernels.triton_aot import Variant
 from robust_dpo.losses import BoundLoss
 
+# Name -> options of the losses.
+_OPTIONS = {name: kernel.options for name, kernel in LOSS_KERNELS.items()}
 # What the last program writes alone takes a latency (0.7 µs) for every 2,048 rows, one multiprocessor's 100 GB/s a
 # tenth of that. Beyond 8,192 rows that exceeds the 3 µs of a second launch, which spreads the rows over the device.
 ROWS_OF_LAST_PROGRAM = 8192
@@ -156,8 +158,7 @@ def group_epilogue_kernel(
 
 def supports(loss: BoundLoss, widest: int) -> bool:
     """Whether the kernel has this loss, for groups of up to `widest` responses."""
-    known = loss.built_in and loss.name in LOSS_KERNELS and widest <= MAX_WIDTH
-    return known and {name for name, _ in loss.arguments} == set(LOSS_KERNELS[loss.name].options)
+    return widest <= MAX_WIDTH and has_loss(_OPTIONS, loss)
 
 
 def group_epilogue(
@@ -165,8 +166,7 @@ def group_epilogue(
 ) -> None:
     """From token log-probs to the coefficients of a chunk's rows; see `GroupEpilogueLauncher`."""
     check_arguments(vectors, temperature, first_group, last_group)
-    if loss.name not in LOSS_KERNELS:
-        raise argument_error("loss", f"one of {', '.join(LOSS_KERNELS)}", repr(loss.name))
+    first, second = option_values(_OPTIONS, loss)
     if vectors.widest > MAX_WIDTH:
         raise argument_error("vectors.widest", f"at most {MAX_WIDTH} responses in a group", vectors.widest)
     v, groups = vectors, last_group - first_group
@@ -175,7 +175,6 @@ def group_epilogue(
             v.state[2] = 1.0
         return
     kernel = LOSS_KERNELS[loss.name]
-    first, second = [*(float(loss.arguments[option]) for option in kernel.options), 0.0, 0.0][:2]
     # The rows of the chunk are counted on the device only; their share of the batch is near enough to choose by.
     few_rows = len(v.token_logps) * groups <= ROWS_OF_LAST_PROGRAM * len(v.losses)
     facts = {

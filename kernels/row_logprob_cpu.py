@@ -14,7 +14,7 @@ from robust_dpo.kernels.row_logprob import RowLogprob, accumulation_dtype, check
 
 ISA_VARIABLE = "ROBUST_DPO_CPU_ISA"
 # Codes of csrc/row_logprob.h.
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def row_logprob(
     _cpu.row_logprob(
         isa=chosen_isa(),
         tile=logits.data_ptr(),
-        tile_dtype=_DTYPE_CODES[logits.dtype],
+        tile_dtype=DTYPE_CODES[logits.dtype],
         tile_stride=logits.stride(0),
         rows=rows,
         vocab=vocab,
@@ -80,7 +80,7 @@ def row_logprob(
         lse=lse.data_ptr(),
         entropy=_address(entropies),
         grad=_address(grad_out),
-        grad_dtype=_DTYPE_CODES[logits.dtype if grad_out is None else grad_out.dtype],
+        grad_dtype=DTYPE_CODES[logits.dtype if grad_out is None else grad_out.dtype],
         grad_stride=0 if grad_out is None else grad_out.stride(0),
         row_scale=_address(row_scale),
         threads=torch.get_num_threads(),

@@ -285,6 +285,7 @@ register_backend(
         {
             ROW_LOGPROB: "robust_dpo.kernels.row_logprob_cpu:row_logprob",
             GROUP_EPILOGUE: "robust_dpo.kernels.group_epilogue_cpu:group_epilogue",
+            CALIBRATION_WEIGHTS: "robust_dpo.kernels.calibration_weights_cpu:calibration_weights",
             FUSED_HEAD: "robust_dpo.kernels.linear_head_cpu:unsupported_reason",
         },
         device_types=frozenset({"cpu"}),

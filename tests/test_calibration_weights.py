@@ -15,7 +15,7 @@ from torch import Tensor
 from robust_dpo.calibration import density_ratio, mixture_weights, paper_weights
 from robust_dpo.dispatch import choose_backend, get_calibration_weights
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "cpu", "triton"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,8 +27,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
+def device_of(backend: str) -> torch.device:
+    return torch.device("cpu") if backend == "cpu" else DEVICE
+
+
 def launcher(backend: str, dtype: torch.dtype = torch.float32) -> Callable[..., Tensor]:
-    return get_calibration_weights(backend, DEVICE, dtype)
+    return get_calibration_weights(backend, device_of(backend), dtype)
 
 
 def in_words(probs: Tensor, betas: Tensor, gammas: Tensor, form: str, alpha: float, num_distributions: int) -> Tensor:
@@ -47,12 +51,14 @@ def in_words(probs: Tensor, betas: Tensor, gammas: Tensor, form: str, alpha: flo
     return torch.tensor(result, dtype=torch.float64)
 
 
-def make_case(responses: int, classifiers: int, slots: int, period: int, dtype: torch.dtype) -> dict[str, Any]:
+def make_case(
+    responses: int, classifiers: int, slots: int, period: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return {
-        "probs": torch.rand(responses, classifiers).to(DEVICE, dtype),
-        "betas": (0.05 + torch.rand(period, slots)).to(DEVICE, wide),
-        "gammas": (0.2 + 3 * torch.rand(slots)).to(DEVICE, wide),
+        "probs": torch.rand(responses, classifiers).to(device, dtype),
+        "betas": (0.05 + torch.rand(period, slots)).to(device, wide),
+        "gammas": (0.2 + 3 * torch.rand(slots)).to(device, wide),
         "alpha": 0.3,
         "num_distributions": slots + 1,
     }
@@ -68,7 +74,7 @@ def make_case(responses: int, classifiers: int, slots: int, period: int, dtype: 
 def test_matches_the_formula(
     backend: str, responses: int, classifiers: int, slots: int, period: int, form: str, dtype: torch.dtype
 ) -> None:
-    case = make_case(responses, classifiers, slots, period, dtype)
+    case = make_case(responses, classifiers, slots, period, dtype, device_of(backend))
     h = launcher(backend, dtype)(**case, form=form)
     assert h.dtype == torch.float32 and h.shape == (responses,)
     torch.testing.assert_close(h.double().cpu(), in_words(**case, form=form), rtol=2e-6, atol=1e-7)
@@ -88,7 +94,7 @@ def test_any_layout(
     responses: int, slots: int, shared: bool, period: int, form: str, clip: float | None, backend: str
 ) -> None:
     require_backend(backend)
-    case = make_case(responses, 1 if shared else slots, slots, period, torch.float32)
+    case = make_case(responses, 1 if shared else slots, slots, period, torch.float32, device_of(backend))
     h = launcher(backend)(**case, form=form, clip=clip)
     expected = in_words(**case, form=form).clamp(max=float("inf") if clip is None else clip)
     torch.testing.assert_close(h.double().cpu(), expected, rtol=2e-6, atol=1e-7)
@@ -97,29 +103,44 @@ def test_any_layout(
 @pytest.mark.filterwarnings("ignore:(divide by zero|overflow) encountered")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("form", ["paper", "mixture"])
 def test_certain_and_tiny_probabilities(backend: str, form: str) -> None:
-    probs = torch.tensor([0.0, 1e-45, 1.2e-38, 1e-30, 1e-3, 0.5, 1 - 6e-8, 1.0], device=DEVICE)
-    one = torch.ones(1, device=DEVICE)
+    device = device_of(backend)
+    probs = torch.tensor([0.0, 1e-45, 1.2e-38, 1e-30, 1e-3, 0.5, 1 - 6e-8, 1.0], device=device)
+    one = torch.ones(1, device=device)
     options = {"form": form, "alpha": 0.5, "num_distributions": 2}
     h = launcher(backend)(probs[:, None], one[:, None] / 2, one, **options)
     assert h.isfinite().all() and (h.diff() >= 0).all()
     assert h[0] == 0
     torch.testing.assert_close(h[-1].cpu(), torch.tensor(2.0))
     # One classifier that rules the target out is enough for `mixture`, whatever the other says.
-    pair = torch.tensor([[0.0, 1.0]], device=DEVICE)
-    h = launcher(backend)(pair, torch.full((1, 2), 0.25, device=DEVICE), one.expand(2).contiguous(), **options)
+    pair = torch.tensor([[0.0, 1.0]], device=device)
+    h = launcher(backend)(pair, torch.full((1, 2), 0.25, device=device), one.expand(2).contiguous(), **options)
     assert h.isfinite().all() and (form == "paper" or h.item() == 0)
 
 
-def test_float64_stays_on_torch() -> None:
-    assert choose_backend("calibration_weights", "auto", DEVICE, torch.float64).name == "torch"
-    case = make_case(5, 2, 2, 1, torch.float64)
-    h = launcher("torch", torch.float64)(**case, form="mixture")
-    torch.testing.assert_close(h.cpu(), in_words(**case, form="mixture"), rtol=1e-14, atol=0.0)
+@pytest.mark.parametrize("form", ["paper", "mixture"])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_float64_keeps_its_digits(backend: str, form: str) -> None:
+    require_backend(backend)
+    case = make_case(5, 2, 2, 1, torch.float64, device_of(backend))
+    h = launcher(backend, torch.float64)(**case, form=form)
+    torch.testing.assert_close(h.cpu(), in_words(**case, form=form), rtol=1e-14, atol=0.0)
 
 
-def test_auto_never_interprets() -> None:
-    expected = "triton" if DEVICE.type == "cuda" else "torch"
-    assert choose_backend("calibration_weights", "auto", DEVICE, torch.float32).name == expected
+def test_auto_takes_native_code_and_never_interprets() -> None:
+    require_backend("cpu")
+    for dtype in (*HALF, torch.float64):
+        assert choose_backend("calibration_weights", "auto", "cpu", dtype).name == "cpu"
+    if DEVICE.type == "cuda":
+        assert choose_backend("calibration_weights", "auto", DEVICE, torch.float32).name == "triton"
+        assert choose_backend("calibration_weights", "auto", DEVICE, torch.float64).name == "torch"
+
+
+def test_many_responses_on_several_threads() -> None:
+    """More than one piece of work, on the threads that torch has, and every response of them."""
+    require_backend("cpu")
+    case = make_case(40_000, 1, 3, 7, torch.float32, torch.device("cpu"))
+    h = launcher("cpu")(**case, form="paper")
+    torch.testing.assert_close(h.double(), in_words(**case, form="paper"), rtol=2e-7, atol=0.0)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +159,7 @@ def test_auto_never_interprets() -> None:
     ids=["paper", "many-sources", "per-source", "strided", "official", "flat", "scalar", "empty", "bf16"],
 )
 def test_density_ratio_is_the_same_on_every_backend(backend: str, probs: Tensor, options: dict[str, Any]) -> None:
-    probs = probs.to(DEVICE)
+    probs = probs.to(device_of(backend))
     h = density_ratio(probs, backend=backend, **options)
     exact = density_ratio(probs.double(), **options)
     assert h.dtype == torch.float32
