@@ -1,12 +1,17 @@
-"""Builds robust_dpo and its native CPU extension.
+"""Builds robust_dpo and its native extensions, one for the CPU and one for NVIDIA GPUs.
 
-The extension neither includes nor links torch, so an isolated build needs a C++17 compiler and pybind11 only.
+They neither include nor link torch, so an isolated build needs a C++17 compiler and pybind11, and for the second one a
+CUDA toolkit (nvcc 12.0 or newer; no GPU, no driver). The CUDA runtime is linked statically.
 
 ROBUST_DPO_BUILD chooses what is built:
-    auto   (default) the CPU extension; if it cannot be compiled, go on without it and say so
-    cpu    the CPU extension, or fail
-    none   no native code; everything runs on the torch backend
-    cuda   fails: this release has no CUDA kernels
+    auto   (default) the CPU extension, and on Linux the CUDA extension where there is a toolkit; what cannot be compiled
+           is left out, and backends() says why
+    cpu    the CPU extension alone, or fail
+    cuda   both, or fail
+    none   no native code; everything runs on the torch and triton backends
+CUDA_HOME names the toolkit; without it nvcc is looked for on the PATH and in /usr/local/cuda*.
+ROBUST_DPO_CUDA_ARCHS chooses the chips, such as "80;90": by default those of 80, 90, 100 and 120 that nvcc knows. Code for
+the newest of them is added in a form (PTX) that the driver compiles for chips that are newer still.
 """
 
 from __future__ import annotations
@@ -14,8 +19,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +34,12 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError
+from setuptools.modified import newer_group
 
 MODES = ("auto", "cpu", "cuda", "none")
 CPU_EXTENSION = "robust_dpo._cpu"
-# What became of the extension, beside the package, for robust_dpo.backends() to quote.
+CUDA_EXTENSION = "robust_dpo._cuda"
+# What became of the extensions, beside the package, for robust_dpo.backends() to quote.
 BUILD_REPORT = "_build.json"
 
 CPU_SOURCES = [
@@ -55,13 +68,20 @@ ISAS = {
 }
 
 
+CUDA_SOURCES = ["csrc/cuda_bindings.cpp", "csrc/row_logprob_cuda.cpp"]
+DEFAULT_CUDA_ARCHS = ("80", "90", "100", "120")
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
+
+
 def build_mode() -> str:
     mode = os.environ.get("ROBUST_DPO_BUILD", "auto")
     if mode not in MODES:
         raise BaseError(f"ROBUST_DPO_BUILD: expected one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "cuda":
-        raise BaseError("ROBUST_DPO_BUILD=cuda: CUDA kernels are not part of this release; use auto, cpu or none")
     return mode
+
+
+def headers() -> list[str]:
+    return [str(path) for path in sorted(Path("csrc").glob("*")) if path.suffix in (".h", ".cuh")]
 
 
 def cpu_extension(optional: bool) -> Pybind11Extension:
@@ -69,7 +89,7 @@ def cpu_extension(optional: bool) -> Pybind11Extension:
     extension = Pybind11Extension(
         CPU_EXTENSION,
         CPU_SOURCES,
-        depends=[str(path) for path in sorted(Path("csrc").glob("*")) if path.suffix in (".h", ".cpp")],
+        depends=headers(),
         cxx_std=17,
         define_macros=[("ROBUST_DPO_X86", "1")] if with_isas else [],
         extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"] if GNU_LIKE else [],
@@ -80,33 +100,154 @@ def cpu_extension(optional: bool) -> Pybind11Extension:
     return extension
 
 
-class BuildCpu(build_ext):
-    """Compiles each instruction set with its own flags, and writes down what became of the extension."""
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit.
+
+    Args:
+        nvcc: the compiler.
+        include: folder of cuda_runtime.h.
+        libraries: folder of libcudart_static.a.
+        archs: compute capabilities that the compiler knows, such as "90".
+    """
+
+    nvcc: Path
+    include: Path
+    libraries: Path
+    archs: tuple[str, ...]
+
+
+def find_toolkit() -> Toolkit:
+    """The toolkit to build with.
+
+    Raises:
+        CompileError: there is none, or the one that CUDA_HOME names is incomplete.
+    """
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc")
+    found = [Path(on_path).resolve().parents[1]] if on_path else []
+    newest_first = sorted(Path("/usr/local").glob("cuda-*"), key=version_of, reverse=True)
+    for home in [Path(named)] if named else [*found, Path("/usr/local/cuda"), *newest_first]:
+        nvcc, include = home / "bin" / "nvcc", home / "include"
+        libraries = [home / folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")]
+        library = next((folder for folder in libraries if (folder / "libcudart_static.a").exists()), None)
+        if nvcc.exists() and (include / "cuda_runtime.h").exists() and library is not None:
+            known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+            return Toolkit(nvcc, include, library, tuple(re.findall(r"compute_(\d+)", known)))
+    if named:
+        raise CompileError(f"CUDA_HOME={named} holds no nvcc, cuda_runtime.h and libcudart_static.a")
+    raise CompileError("no CUDA toolkit (nvcc) was found through CUDA_HOME, on the PATH or in /usr/local/cuda*")
+
+
+def version_of(folder: Path) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", folder.name))
+
+
+def wanted_archs() -> tuple[str, ...] | None:
+    """What ROBUST_DPO_CUDA_ARCHS asks for, None where it is not set."""
+    text = os.environ.get("ROBUST_DPO_CUDA_ARCHS", "").strip()
+    if not text:
+        return None
+    archs = tuple(name.removeprefix("sm_").replace(".", "") for name in re.split(r"[;,\s]+", text))
+    if not all(name.isdecimal() and int(name) >= 80 for name in archs):
+        raise BaseError(f'ROBUST_DPO_CUDA_ARCHS: expected numbers from 80 on, such as "80;90", got {text!r}')
+    return tuple(sorted(set(archs), key=int))
+
+
+def cuda_extension(optional: bool) -> Pybind11Extension:
+    extension = Pybind11Extension(
+        CUDA_EXTENSION,
+        CUDA_SOURCES,
+        depends=headers(),
+        cxx_std=17,
+        extra_compile_args=["-O2"],
+        # Static, so that importing needs neither a driver nor a CUDA runtime of a certain version.
+        libraries=["cudart_static", "dl", "rt", "pthread"],
+    )
+    extension.optional = optional
+    return extension
+
+
+class BuildNative(build_ext):
+    """Compiles what needs flags or a compiler of its own, and writes down what became of each extension."""
+
+    def run(self) -> None:
+        self.report = {"cpu": "left out by ROBUST_DPO_BUILD", "cuda": "left out by ROBUST_DPO_BUILD"}
+        if sys.platform != "linux":
+            self.report["cuda"] = "the CUDA kernels are built on Linux only"
+        folders = [Path(self.build_lib, "robust_dpo")]
+        if self.editable_mode or self.inplace:
+            folders.append(Path("robust_dpo"))
+        try:
+            super().run()
+        finally:
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / BUILD_REPORT).write_text(json.dumps(self.report) + "\n", encoding="utf-8")
 
     def build_extension(self, ext: Any) -> None:
-        report = {"cpu": "built"}
+        name = ext.name.rpartition("._")[2]
+        build = {"cpu": self.compile_cpu, "cuda": self.compile_cuda}[name]
         try:
-            known = [name for name, (flags, _) in ext.isas.items() if self.knows(flags)]
-            unknown = [name for name in ext.isas if name not in known]
-            if unknown:
-                report["cpu"] += f" without {', '.join(unknown)}: the compiler does not know the flags"
-                self.warn(f"{ext.name}: {report['cpu']}")
-            ext.define_macros += [(f"ROBUST_DPO_{name.upper()}", "1") for name in known]
-            for flags, sources in (ext.isas[name] for name in known):
-                ext.extra_objects += self.compiler.compile(
-                    sources,
-                    output_dir=self.build_temp,
-                    macros=ext.define_macros,
-                    debug=self.debug,
-                    extra_postargs=[*ext.extra_compile_args, *flags],
-                    depends=ext.depends,
-                )
+            self.report[name] = f"built{build(ext)}"
             super().build_extension(ext)
         except (BaseError, CompileError) as error:
-            report["cpu"] = f"could not be compiled: {error}"
-            raise CompileError(f"{CPU_EXTENSION} could not be compiled: {error}") from error
-        finally:
-            self.write_report(report)
+            self.report[name] = f"could not be compiled: {error}"
+            raise CompileError(f"{ext.name} could not be compiled: {error}") from error
+
+    def compile_cpu(self, ext: Any) -> str:
+        """Every instruction set with its own flags; says which are missing."""
+        known = [name for name, (flags, _) in ext.isas.items() if self.knows(flags)]
+        unknown = [name for name in ext.isas if name not in known]
+        missing = f" without {', '.join(unknown)}: the compiler does not know the flags" if unknown else ""
+        if missing:
+            self.warn(f"{ext.name}: built{missing}")
+        ext.define_macros += [(f"ROBUST_DPO_{name.upper()}", "1") for name in known]
+        for flags, sources in (ext.isas[name] for name in known):
+            ext.extra_objects += self.compiler.compile(
+                sources,
+                output_dir=self.build_temp,
+                macros=ext.define_macros,
+                debug=self.debug,
+                extra_postargs=[*ext.extra_compile_args, *flags],
+                depends=ext.depends,
+            )
+        return missing
+
+    def compile_cuda(self, ext: Any) -> str:
+        """The kernels by nvcc, side by side; says for which chips."""
+        toolkit = find_toolkit()
+        archs = wanted_archs() or tuple(arch for arch in DEFAULT_CUDA_ARCHS if arch in toolkit.archs)
+        if unknown := [arch for arch in archs if arch not in toolkit.archs]:
+            raise CompileError(f"{toolkit.nvcc} knows no {', '.join(f'sm_{arch}' for arch in unknown)}")
+        if not archs:
+            raise CompileError(f"{toolkit.nvcc} knows none of {', '.join(f'sm_{arch}' for arch in DEFAULT_CUDA_ARCHS)}")
+        names = [*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"]
+        ext.define_macros.append(("ROBUST_DPO_CUDA_ARCHITECTURES", f'"{" ".join(names)}"'))
+        ext.include_dirs.append(str(toolkit.include))
+        ext.library_dirs.append(str(toolkit.libraries))
+        # Chips are part of the name, so that objects for others are not taken for these.
+        folder = Path(self.build_temp, f"cuda-{'-'.join(archs)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = [*NVCC_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
+        flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        if "CXX" in os.environ:
+            flags += ["-ccbin", os.environ["CXX"].split()[-1]]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            sources = sorted(Path("csrc").glob("*.cu"), key=lambda path: path.stat().st_size)
+            objects = pool.map(lambda source: self.nvcc(toolkit, flags, source, folder, ext.depends), sources)
+            ext.extra_objects += [str(path) for path in objects]
+        return f" for {', '.join(names)}"
+
+    def nvcc(self, toolkit: Toolkit, flags: Sequence[str], source: Path, folder: Path, depends: list[str]) -> Path:
+        target = folder / f"{source.stem}.o"
+        if self.force or newer_group([str(source), *depends], str(target)):
+            command = [str(toolkit.nvcc), *flags, "-c", str(source), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                target.unlink(missing_ok=True)
+                raise CompileError(f"{source}: {(done.stderr + done.stdout).strip()[-2000:]}")
+        return target
 
     def knows(self, flags: list[str]) -> bool:
         """Whether the compiler takes the flags (GCC 9 has no -mavx512bf16)."""
@@ -119,20 +260,21 @@ class BuildCpu(build_ext):
                 return False
         return True
 
-    def write_report(self, report: dict[str, str]) -> None:
-        folders = [Path(self.build_lib, "robust_dpo")]
-        if self.editable_mode or self.inplace:
-            folders.append(Path("robust_dpo"))
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / BUILD_REPORT).write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+def extensions(mode: str) -> list[Pybind11Extension]:
+    found = []
+    if mode != "none":
+        found.append(cpu_extension(optional=mode == "auto"))
+    if mode == "cuda" or (mode == "auto" and sys.platform == "linux"):
+        found.append(cuda_extension(optional=mode == "auto"))
+    return found
 
 
-mode = build_mode()
+wanted_archs()  # a wrong value fails at once, whatever is built
 setup(
     # robust_dpo/kernels links to the top-level folder, which has no __init__.py: a top-level package named `kernels`
     # would shadow the one that transformers imports.
     packages=[*find_packages(include=["robust_dpo", "robust_dpo.*"]), "robust_dpo.kernels"],
-    ext_modules=[] if mode == "none" else [cpu_extension(optional=mode == "auto")],
-    cmdclass={"build_ext": BuildCpu},
+    ext_modules=extensions(build_mode()),
+    cmdclass={"build_ext": BuildNative},
 )

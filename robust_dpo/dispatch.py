@@ -226,7 +226,7 @@ def _probe_torch() -> BackendStatus:
 
 def _probe_cpu() -> BackendStatus:
     if importlib.util.find_spec("robust_dpo._cpu") is None:
-        return BackendStatus("cpu", False, False, _why_not_built())
+        return BackendStatus("cpu", False, False, _why_not_built("cpu"))
     try:
         launcher = importlib.import_module("robust_dpo.kernels.row_logprob_cpu")
         isa = launcher.chosen_isa()
@@ -236,10 +236,10 @@ def _probe_cpu() -> BackendStatus:
     return BackendStatus("cpu", True, True, f"{isa} in use of {usable}; threads: {launcher.thread_runtime()}")
 
 
-def _why_not_built() -> str:
+def _why_not_built(extension: str) -> str:
     if not BUILD_REPORT.exists():
         return "installed without native code (ROBUST_DPO_BUILD=none, or a source tree that was never built)"
-    return str(json.loads(BUILD_REPORT.read_text(encoding="utf-8"))["cpu"])
+    return str(json.loads(BUILD_REPORT.read_text(encoding="utf-8")).get(extension, "left out of the build"))
 
 
 def _interpreting() -> bool:
@@ -263,8 +263,27 @@ def _probe_triton() -> BackendStatus:
     return BackendStatus("triton", True, True, f"{version} on {properties.name}")
 
 
-def _not_in_this_release(name: str) -> Backend:
-    return Backend(name, lambda: BackendStatus(name, False, False, "not part of this release"))
+def _probe_cuda() -> BackendStatus:
+    if importlib.util.find_spec("robust_dpo._cuda") is None:
+        return BackendStatus("cuda", False, False, _why_not_built("cuda"))
+    try:
+        chips = str(importlib.import_module("robust_dpo._cuda").ARCHITECTURES)
+    except ImportError as error:
+        return BackendStatus("cuda", True, False, str(error))
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        why = f"no NVIDIA GPU that this torch ({torch.__version__}) can use; built for {chips}"
+        return BackendStatus("cuda", True, False, why)
+    properties = torch.cuda.get_device_properties(0)
+    capability = 10 * properties.major + properties.minor
+    if not any(_runs(chip, capability) for chip in chips.split()):
+        return BackendStatus("cuda", True, False, f"built for {chips}, {properties.name} is sm_{capability}")
+    return BackendStatus("cuda", True, True, f"{chips} on {properties.name}")
+
+
+def _runs(chip: str, capability: int) -> bool:
+    """Whether code for `chip` runs on a GPU: machine code within a generation, PTX on all later ones."""
+    kind, _, number = chip.partition("_")
+    return int(number) <= capability and (kind == "compute" or int(number) // 10 == capability // 10)
 
 
 register_backend(
@@ -307,4 +326,19 @@ register_backend(
         priority=-10 if _interpreting() else 20,
     )
 )
-register_backend(_not_in_this_release("cuda"))
+register_backend(
+    Backend(
+        "cuda",
+        _probe_cuda,
+        {
+            ROW_LOGPROB: "robust_dpo.kernels.row_logprob_cuda:row_logprob",
+            GROUP_EPILOGUE: "robust_dpo.kernels.group_epilogue_cuda:group_epilogue",
+            CALIBRATION_WEIGHTS: "robust_dpo.kernels.calibration_weights_cuda:calibration_weights",
+            RESCALE: "robust_dpo.kernels.rescale_cuda:rescale",
+        },
+        device_types=frozenset({"cuda"}),
+        dtypes=FLOATS - {torch.float64},
+        # Behind triton until both have been measured on a GPU; before torch, where there is no triton.
+        priority=15,
+    )
+)

@@ -73,9 +73,20 @@ def test_auto_prefers_the_native_kernel_on_cpu_and_plain_torch_elsewhere() -> No
     assert choose_backend("row_logprob", "auto", "meta", torch.bfloat16).name == "torch"
 
 
-def test_later_backends_say_that_they_are_missing() -> None:
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run row_logprob .*not part of this release"):
+def test_cuda_says_why_it_cannot_run() -> None:
+    status = backends()["cuda"]
+    why = "it runs on cuda, not on cpu" if status.usable else f"it is not {'usable' if status.built else 'built'} here"
+    with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot run row_logprob with .* on cpu: {why}"):
         get_row_logprob("cuda", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("chip", "capability", "runs"),
+    [("sm_80", 80, True), ("sm_80", 89, True), ("sm_90", 80, False), ("sm_90", 100, False), ("sm_100", 103, True),
+     ("sm_100", 120, False), ("compute_120", 120, True), ("compute_90", 121, True), ("compute_120", 100, False)],
+)  # fmt: skip
+def test_machine_code_runs_within_a_generation_and_ptx_on_later_ones(chip: str, capability: int, runs: bool) -> None:
+    assert module._runs(chip, capability) is runs
 
 
 def test_interpreter_is_never_chosen_by_auto() -> None:

@@ -154,7 +154,6 @@ def test_sdist_holds_the_sources(source: Path, sdist: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("cuda", "CUDA kernels are not part of this release"),
         ("gpu", "expected one of auto, cpu, cuda, none, got 'gpu'"),
     ],
 )
