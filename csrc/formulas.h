@@ -24,7 +24,8 @@ struct ValueSlope {
 // The running pair of an online softmax, with what the entropy needs. A T of more digits than the x is what makes long
 // rows exact; relative to the shift both terms of a log-prob are small, so rows of huge logits lose nothing.
 //
-// A NaN among the x reaches the sum and everything made of it; rows of −inf alone have the log-sum-exp −inf.
+// A NaN among the x reaches the sum and everything made of it; rows of −inf alone have the log-sum-exp −inf. With +inf
+// among them the log-sum-exp is +inf or NaN.
 template <class T>
 struct ExpSums {
     T shift = -static_cast<T>(INFINITY);  // −inf: nothing above −inf was met

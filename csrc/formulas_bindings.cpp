@@ -55,9 +55,10 @@ std::pair<T, std::vector<T>> group_loss(int loss, T first, T second, const std::
 
 template <class T>
 void bind_formulas_in(py::module_ m) {
-    m.def("negative_log_sigmoid", [](T u) { return both(negative_log_sigmoid(u)); }, "(−logσ(u), its derivative)");
-    m.def("capped", [](T z, T softcap) { return both(capped(z, softcap)); }, "(softcap·tanh(z/softcap), its derivative)");
-    m.def("softmax_minus_one", &softmax_minus_one<T>, "softmax − 1 from the log-prob");
+    m.def("negative_log_sigmoid", [](T u) { return both(negative_log_sigmoid(u)); }, "(−logσ(u), its derivative)", py::arg("u"));
+    m.def("capped", [](T z, T softcap) { return both(capped(z, softcap)); }, "(softcap·tanh(z/softcap), its derivative)",
+          py::arg("z"), py::arg("softcap"));
+    m.def("softmax_minus_one", &softmax_minus_one<T>, "softmax − 1 from the log-prob", py::arg("logp"));
     m.def("merged", &merged<T>, "(lse, log-prob of the logit, entropy) of a row in parts", py::arg("parts"), py::arg("logit"));
     m.def("tilted_score", &tilted_score<T>, "hℓ/t", py::arg("loss"), py::arg("calibration"), py::arg("temperature"));
     m.def("advanced", &advanced<T>, "(shift, total, rescale, weight of the highest)", py::arg("shift"), py::arg("total"),

@@ -215,8 +215,9 @@ struct Rrhf : Pairwise<Rrhf> {
 
     template <class T>
     RDPO_HOST_DEVICE static Memo<T> memo(const Group<T>& group, int64_t i, const LossOptions<T>& options) {
-        const T weight = std::pow(group.length[i], -options.first);
-        return {group.logp[i] * weight, weight};
+        // Divided by, not multiplied with the inverse: equal quotients stay equal, and max(0, ·) has its kink there.
+        const T length = std::pow(group.length[i], options.first);
+        return {group.logp[i] / length, T(1) / length};
     }
 
     template <class T>

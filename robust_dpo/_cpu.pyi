@@ -104,3 +104,27 @@ def calibration_weights(
     clip: float,
     threads: int,
 ) -> None: ...
+
+class _Formulas:
+    """csrc/formulas.h and csrc/group_losses.h in one precision."""
+
+    def negative_log_sigmoid(self, u: float) -> tuple[float, float]: ...
+    def capped(self, z: float, softcap: float) -> tuple[float, float]: ...
+    def softmax_minus_one(self, logp: float) -> float: ...
+    def merged(self, parts: list[list[float]], logit: float) -> list[float]: ...
+    def tilted_score(self, loss: float, calibration: float, temperature: float) -> float: ...
+    def advanced(self, shift: float, total: float, highest: float, headroom: float) -> list[float]: ...
+    def group_loss(
+        self,
+        loss: int,
+        first: float,
+        second: float,
+        logps: list[float],
+        ref_logps: list[float],
+        lengths: list[float],
+        quality: list[float],
+    ) -> tuple[float, list[float]]: ...
+
+class formulas:
+    float64: _Formulas
+    float32: _Formulas
