@@ -4,11 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <string>
-#include <vector>
 
 #include "calibration_weights.h"
 #include "group_epilogue.h"
+#include "group_loss_table.h"
 
 namespace py = pybind11;
 
@@ -20,19 +19,6 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-
-// In the order of their codes.
-std::vector<std::pair<std::string, std::vector<std::string>>> group_losses() {
-    std::vector<std::pair<std::string, std::vector<std::string>>> found;
-    for_each_loss(GroupLosses{}, [&](auto loss) {
-        using Loss = decltype(loss);
-        std::vector<std::string> options;
-        for (const char* option : Loss::kOptions)
-            if (option != nullptr) options.emplace_back(option);
-        found.emplace_back(Loss::kName, options);
-    });
-    return found;
-}
 
 void group_epilogue(int loss, double first, double second, uintptr_t token_logps, uintptr_t ref_token_logps,
                     uintptr_t counted, uintptr_t seq_offsets, uintptr_t group_offsets, uintptr_t lengths, uintptr_t scores,

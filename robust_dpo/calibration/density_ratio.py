@@ -61,7 +61,7 @@ def density_ratio(
         clip: upper bound of h, > 0; default none.
         per_source: the last axis of `probs` holds one classifier for each source. Not for `official`.
         group_size: K, for flat `probs` with `official`.
-        backend: "auto", or one that must be used ("torch", "triton"). Only "torch" takes float64.
+        backend: "auto", or one that must be used ("torch", "cpu", "triton", "cuda"). "torch" and "cpu" take float64.
 
     Returns:
         h in the dtype of `probs`, at least fp32; shaped like `probs`, without its last axis with `per_source`. It is

@@ -43,6 +43,21 @@ class BoundLoss:
         arguments = ",".join(f"{name}={value!r}" for name, value in self.arguments)
         return f"{self.name}({arguments})" + ("" if self.built_in else f"@{id(self.function):x}")
 
+    def check_given(self, *, reference: bool, scores: bool) -> None:
+        """Refuse groups that lack what the loss needs.
+
+        Args:
+            reference: whether there is one.
+            scores: whether there are any.
+
+        Raises:
+            ValueError: something is missing.
+        """
+        if self.needs_reference and not reference:
+            raise argument_error("ref_logps", f"a reference, which the loss {self.name!r} needs", None)
+        if self.needs_scores and not scores:
+            raise argument_error("scores", f"scores of the responses, which the loss {self.name!r} needs", None)
+
     def __call__(self, groups: Groups) -> Tensor:
         """Loss of each group, [G], in the dtype of the log-probs.
 
@@ -50,10 +65,7 @@ class BoundLoss:
             ValueError: the groups lack the reference or the scores that the loss needs, or the result is not [G].
             TypeError: the function did not return a floating tensor.
         """
-        if self.needs_reference and groups.ref_logps is None:
-            raise argument_error("ref_logps", f"a reference, which the loss {self.name!r} needs", None)
-        if self.needs_scores and groups.scores is None:
-            raise argument_error("scores", f"scores of the responses, which the loss {self.name!r} needs", None)
+        self.check_given(reference=groups.ref_logps is not None, scores=groups.scores is not None)
         losses = self.function(groups, **dict(self.arguments))
         if not isinstance(losses, Tensor):
             raise type_error("loss", f"a floating tensor [G] from {self.name!r}", losses)

@@ -34,6 +34,7 @@ def choose_epilogue(
 ) -> Epilogue:
     """One launch for a built-in loss where the backend of tiles of `dtype` has it, otherwise autograd."""
     device = vectors.token_logps.device
+    objective.loss.check_given(reference=vectors.ref_logps is not None, scores=vectors.scores is not None)
     # A kernel compares scores in fp32, where those that differ in float64 may be ties.
     exact_scores = vectors.scores is not None and vectors.scores.dtype == torch.float64
     launcher = get_group_epilogue(backend, device, dtype, objective.loss, vectors.widest)
