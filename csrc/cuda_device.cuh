@@ -5,25 +5,14 @@
 
 #include <cstdint>
 
-#include "formulas.h"
-#include "row_logprob.h"
-
-#if defined(ROBUST_DPO_EMULATED)
-#include "cuda_emulation.h"
-#endif
+#include "cuda_launch.h"
+#include "element.h"
 
 namespace robust_dpo {
 namespace {
 
 constexpr int kWarp = 32;
 constexpr int kVectorBytes = 16;  // the widest load of a thread before sm_100
-
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
 
 struct alignas(16) Vector16 {
     uint32_t words[4];

@@ -6,9 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(ROBUST_DPO_EMULATED)
-#include "cuda_emulation.h"
-#else
+#if !defined(ROBUST_DPO_EMULATED)
 #include <cuda_runtime.h>
 // Where the pointers of a call point to, as PyTorch calls it.
 #define ROBUST_DPO_DEVICE_TYPE "cuda"
@@ -86,3 +84,7 @@ void launch(const CudaTarget& target, const CudaGrid& grid, const std::string& w
 #endif
 
 }  // namespace robust_dpo
+
+#if defined(ROBUST_DPO_EMULATED)
+#include "cuda_emulation.h"  // the same for the host, see there
+#endif

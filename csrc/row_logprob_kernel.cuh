@@ -23,9 +23,10 @@ constexpr int kLoadsInFlight = 4;
 // e^d is 0 in fp32 long before; keeps 0·d finite.
 constexpr float kFaint = -200.0f;
 
-struct Partial {
+// One load.
+struct alignas(kVectorBytes) Partial {
     ExpSums<float> sums;
-    float target_logit;  // of the first segment's: where the row is overwritten, the second launch has it from here
+    float target_logit;  // where the row is overwritten, the second launch has it from here
 };
 
 // At the start of a block's shared memory; its part of the row follows.
@@ -33,7 +34,8 @@ struct RowShared {
     ExpSums<float> of_warp[kRowWarps];
     Partial of_block;
 };
-constexpr size_t kRowSharedBytes = (sizeof(RowShared) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+constexpr size_t kRowSharedBytes = sizeof(RowShared);
+static_assert(kRowSharedBytes % kVectorBytes == 0 && kRowSharedBytes <= 1024, "kernels/row_plan_cuda.py reserves 2 KB, 1 of them for the system");
 
 // Where a block's part of a row lies, in vectors from the first 16-byte boundary on.
 struct Span {
@@ -259,8 +261,11 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     ExpSums<float> others;
     float target_logit = NAN;
     if (phase == RowPhase::kFinish) {
-        for (int s = 0; s < segments; ++s) others.merge(of_row[s].sums);
-        target_logit = of_row[0].target_logit;
+        for (int s = 0; s < segments; ++s) {
+            const Partial partial = of_row[s];
+            others.merge(partial.sums);
+            target_logit = partial.target_logit;
+        }
     } else {
         if (inside) target_logit = logits.of(Elements<Tile>::load(tile + span.target), span.target).value;
         others = merge_block(own_sums<kEntropy>(body, span, edge, edge_z, logits, kept), shared);

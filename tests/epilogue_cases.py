@@ -8,16 +8,22 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import cuda_emulated
 import torch
 from problems import require_backend
 from torch import Tensor
 
 from robust_dpo import losses, reference
+from robust_dpo.dispatch import backends
 from robust_dpo.groups import GroupLayout
 from robust_dpo.kernels.group_epilogue import EpilogueVectors, GroupEpilogueLauncher, NativeLoss
 
 # Backends with a group_epilogue, and where it takes its vectors.
-DEVICES = {"cpu": torch.device("cpu"), "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
+DEVICES = {
+    "cpu": torch.device("cpu"),
+    "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    "cuda": torch.device("cuda" if backends()["cuda"].usable else "cpu"),
+}
 
 
 class Implementation(NamedTuple):
@@ -42,8 +48,11 @@ class Implementation(NamedTuple):
 
 def implementation(backend: str) -> Implementation:
     """That of a backend; without it the test is skipped."""
-    require_backend(backend)
-    module = importlib.import_module(f"robust_dpo.kernels.group_epilogue_{backend}")
+    if backend == "cuda":
+        module = cuda_emulated.implementation("group_epilogue")
+    else:
+        require_backend(backend)
+        module = importlib.import_module(f"robust_dpo.kernels.group_epilogue_{backend}")
     return Implementation(module.group_epilogue, module.supports, DEVICES[backend])
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_emulated import row_launchers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_cases import TRANSFORMS, Case, check_errors, dtype_id, error, make_case, poisoned, run, triton_launchers
@@ -32,7 +33,7 @@ CPU_LAUNCHERS = [name for name in LAUNCHERS if name != "torch"]
 # Numpy speaks up in Triton's interpreter where a GPU computes on, in rows of infinities.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NATIVE_LAUNCHERS = list(LAUNCHERS)
-LAUNCHERS |= {name: (function, None) for name, function in triton_launchers().items()}
+LAUNCHERS |= {name: (function, None) for name, function in (triton_launchers() | row_launchers()).items()}
 KERNEL_LAUNCHERS = [name for name in LAUNCHERS if name != "torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -46,17 +47,21 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> RowLogprobLauncher:
     return function
 
 
+def skip_wide_tiles(request: pytest.FixtureRequest) -> None:
+    dtypes = {request.node.callspec.params.get(name) for name in ("dtype", "tile_dtype")}
+    if request.param.startswith(("triton", "cuda")) and torch.float64 in dtypes:
+        pytest.skip("kernels for GPUs take no float64 tiles")
+
+
 @pytest.fixture(params=list(LAUNCHERS))
 def launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RowLogprobLauncher:
-    dtypes = {request.node.callspec.params.get(name) for name in ("dtype", "tile_dtype")}
-    if request.param.startswith("triton") and torch.float64 in dtypes:
-        pytest.skip("Triton takes no float64 tiles")
+    skip_wide_tiles(request)
     return use(request.param, monkeypatch)
 
 
 @pytest.fixture(params=NATIVE_LAUNCHERS)
 def native_launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RowLogprobLauncher:
-    """Those that are fast without a GPU; test_row_logprob_triton.py has the sizes for the others."""
+    """Those that are fast without a GPU; test_row_logprob_triton.py and …_cuda.py have the sizes for the others."""
     return use(request.param, monkeypatch)
 
 
@@ -136,7 +141,8 @@ def test_padded_rows_are_read_and_written_only_inside(launcher: RowLogprobLaunch
     result = run(launcher, padded, grad)
     # Where sums are cut follows the alignment on a GPU.
     torch.testing.assert_close(result.logp, expected.logp, rtol=1e-6, atol=0)
-    torch.testing.assert_close(grad, expected_grad, rtol=max(3e-6, torch.finfo(dtype).eps), atol=0)
+    rounding = {"rtol": max(3e-6, torch.finfo(dtype).eps), "atol": torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps}
+    torch.testing.assert_close(grad, expected_grad, **rounding)
     assert (out[:, :3] == 123).all()
     assert (out[:, 3 + 1003 :] == 123).all()
 
