@@ -59,7 +59,6 @@ def head_backward(
     grad_weight_stride: int,
     grad_bias: int,
 ) -> None: ...
-
 def group_losses() -> list[tuple[str, list[str]]]: ...
 def group_epilogue(
     *,
