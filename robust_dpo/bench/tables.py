@@ -17,6 +17,11 @@ def _ratio(top: float | None, bottom: float | None) -> str:
     return "" if not top or not bottom else f"{top / bottom:.2f}"
 
 
+def number(value: float) -> str:
+    """Four digits, without an exponent where there are more of them."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def _name(row: Row, record: Record) -> str:
     return row.name if row.note is None else f"{row.name} ({row.note})"
 
@@ -26,7 +31,7 @@ def _time(row: Row, record: Record) -> str:
         return f"failed: {row.failure}"
     if row.median is None:
         return ""
-    low, middle, high = (f"{1e3 * seconds:.4g}" for seconds in (min(row.seconds), row.median, max(row.seconds)))
+    low, middle, high = (number(1e3 * seconds) for seconds in (min(row.seconds), row.median, max(row.seconds)))
     return f"{middle} [{low}–{high}]"
 
 
@@ -40,8 +45,8 @@ def _rate(row: Row, record: Record) -> str:
     if rate is None:
         return ""
     if not record.counts_flops(row):
-        return f"{rate / 1e9:.4g} GB/s"
-    return f"{rate / 1e12:.4g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.4g} GFLOP/s"
+        return f"{number(rate / 1e9)} GB/s"
+    return f"{number(rate / 1e12)} TFLOP/s" if rate >= 1e12 else f"{number(rate / 1e9)} GFLOP/s"
 
 
 def _gib(count: int | None) -> str:
