@@ -117,7 +117,8 @@ class EpilogueCase(Case):
         (derivative,) = torch.autograd.grad(per_group.sum(), logps)
         scores = vectors.calibration * per_group.detach()
         weights = (scores - scores.max()).exp() * vectors.calibration
-        return (-weights[:, None] * derivative).flatten().repeat_interleave(self.tokens // 2)
+        found: Tensor = (-weights[:, None] * derivative).flatten()
+        return found.repeat_interleave(self.tokens // 2)
 
     def _plain_candidate(self, vectors: EpilogueVectors, exact: Tensor) -> Candidate:
         call = partial(self._plain, vectors)
