@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -27,24 +25,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU that this torch can use")
     return found
-
-
-@pytest.fixture(scope="module")
-def finished(device: torch.device) -> Callable[[Callable[[], object]], Callable[[], object]]:
-    """Makes a call wait for the device, so that its time is that of the work and not of its submission."""
-
-    def wait_for(call: Callable[[], object]) -> Callable[[], object]:
-        if device.type != "cuda":
-            return call
-
-        def run() -> object:
-            result = call()
-            torch.cuda.synchronize()
-            return result
-
-        return run
-
-    return wait_for
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from robust_dpo.bench.implementation import Bound
 from robust_dpo.bench.problem import Problem, Shape, make_problem
 from robust_dpo.bench.registry import IMPLEMENTATIONS
 from robust_dpo.bench.solution import Solution, solve
+from robust_dpo.bench.timing import waiting
 
 # Those with the cross-entropy for a loss have no live reference.
 NAMES = [name for name, each in IMPLEMENTATIONS.items() if each.objective == "preference"]
@@ -29,7 +30,7 @@ def case(request: pytest.FixtureRequest, device: torch.device, shape: Shape) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_head(benchmark: BenchmarkFixture, case: tuple[Problem, Solution], name: str, finished) -> None:
+def test_head(benchmark: BenchmarkFixture, case: tuple[Problem, Solution], name: str) -> None:
     problem, exact = case
     implementation = IMPLEMENTATIONS[name]
     if not implementation.available:
@@ -41,4 +42,4 @@ def test_head(benchmark: BenchmarkFixture, case: tuple[Problem, Solution], name:
     assert wrong_results(errors, dict.fromkeys(errors, HEAD_LIMIT[problem.dtype])) is None
     benchmark.group = f"head forward + backward, {problem.weight.device.type} {dtype_name(problem.dtype)}"
     benchmark.extra_info.update(errors)
-    benchmark.pedantic(finished(bound.step), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(waiting(bound.step, problem.weight.device), rounds=5, warmup_rounds=1)

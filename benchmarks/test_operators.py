@@ -20,6 +20,7 @@ from robust_dpo.bench.cases.epilogue import EpilogueCase
 from robust_dpo.bench.cases.row_kernel import ExactRows, make_tile
 from robust_dpo.bench.problem import Shape, group_loss, make_problem
 from robust_dpo.bench.solution import relative_error
+from robust_dpo.bench.timing import waiting
 from robust_dpo.bench.workbench import Workbench
 from robust_dpo.dispatch import CALIBRATION_WEIGHTS, ROW_LOGPROB, choose_backend, get_row_logprob
 
@@ -42,14 +43,14 @@ def able(operator: str, backend: str, device: torch.device, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("backend", BACKENDS, ids=BACKENDS.get)
 def test_row_logprob(
-    benchmark: BenchmarkFixture, device, shape: Shape, finished, backend: str, dtype: torch.dtype, gradient: bool
+    benchmark: BenchmarkFixture, device: torch.device, shape: Shape, backend: str, dtype: torch.dtype, gradient: bool
 ) -> None:
     """One tile as the head makes it. The tile is read once for logp; with the gradient it is read and written again."""
     row_logprob = get_row_logprob(able(ROW_LOGPROB, backend, device, dtype), device, dtype)
     tile, targets = make_tile(shape.response_rows, shape.vocab, dtype, device, seed=0)
     # Not in place: the tile must be the same in every round.
     grad_out = torch.full_like(tile, float("nan")) if gradient else None
-    run = finished(partial(row_logprob, tile, targets, grad_out=grad_out))
+    run = waiting(partial(row_logprob, tile, targets, grad_out=grad_out), device)
     exact = ExactRows.of(tile, targets)
     assert relative_error(run().logp[exact.rows], exact.logp) < KERNEL_LIMIT
     if grad_out is not None:
@@ -63,7 +64,7 @@ def test_row_logprob(
 
 
 @pytest.mark.parametrize("who", ["ours", "plain"])
-def test_group_epilogue(benchmark: BenchmarkFixture, device, finished, who: str) -> None:
+def test_group_epilogue(benchmark: BenchmarkFixture, device: torch.device, who: str) -> None:
     """64 pairs of 1,024 tokens from token log-probs to the coefficients of all rows."""
     case, bench = EpilogueCase(), Workbench(device, ())
     candidates = {candidate.row.role.value: candidate for candidate in case.candidates(bench)}
@@ -73,16 +74,14 @@ def test_group_epilogue(benchmark: BenchmarkFixture, device, finished, who: str)
     opened = candidate.open()
     assert opened.errors["gradient"] < candidate.limits["gradient"]
     benchmark.group = f"group_epilogue {device.type}"
-    prepare = opened.run.prepare
-    setup = None if prepare is None else (lambda: (prepare(), ((), {}))[1])
-    benchmark.pedantic(finished(opened.run.call), setup=setup, rounds=20, warmup_rounds=2)
+    benchmark.pedantic(waiting(opened.run.call, device), setup=opened.run.prepare, rounds=20, warmup_rounds=2)
 
 
 @pytest.mark.parametrize("form", ["mixture", "paper"])
-def test_calibration_weights(benchmark: BenchmarkFixture, device, finished, form: str) -> None:
+def test_calibration_weights(benchmark: BenchmarkFixture, device: torch.device, form: str) -> None:
     """Density ratios of a million classifier probabilities, by the backend that `auto` takes, with their checks."""
     probs = torch.rand(1 << 20, generator=torch.Generator(device).manual_seed(0), device=device)
-    run = finished(partial(calibration.density_ratio, probs, form))
+    run = waiting(partial(calibration.density_ratio, probs, form), device)
     c = probs.double()
     # Equal parts and γ = 1: the values that the docstring of density_ratio gives.
     assert relative_error(run(), 2 * c if form == "mixture" else 2 * c / (2 - c)) < KERNEL_LIMIT
@@ -94,7 +93,7 @@ def test_calibration_weights(benchmark: BenchmarkFixture, device, finished, form
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_sequence_logps(
-    benchmark: BenchmarkFixture, device, shape: Shape, finished, dtype: torch.dtype, backward: bool
+    benchmark: BenchmarkFixture, device: torch.device, shape: Shape, dtype: torch.dtype, backward: bool
 ) -> None:
     """Differentiable log-probs of all responses; backward computes the logits again."""
     problem = make_problem(shape, dtype, seed=0, device=device)
@@ -111,11 +110,11 @@ def test_sequence_logps(
 
     assert run().shape == (shape.sequences,)
     benchmark.group = f"sequence_logps {device.type} {dtype_name(dtype)}{', backward' if backward else ''}"
-    benchmark.pedantic(finished(run), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(waiting(run, device), rounds=5, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("robust", ["mean", KLRobust(lam=1.0)], ids=["mean", "kl"])
-def test_preference_loss(benchmark: BenchmarkFixture, device, finished, robust) -> None:
+def test_preference_loss(benchmark: BenchmarkFixture, device: torch.device, robust: str | KLRobust) -> None:
     """DPO of 1,024 pairs of log-probs that are already there, with its backward."""
     generator = torch.Generator(device).manual_seed(0)
     logps = torch.randn(2048, generator=generator, device=device).sub_(50).requires_grad_()
@@ -131,4 +130,4 @@ def test_preference_loss(benchmark: BenchmarkFixture, device, finished, robust) 
         exact = group_loss(logps.detach().double(), ref_logps.double(), 0.1, 2)
         assert relative_error(run(), exact) < KERNEL_LIMIT
     benchmark.group = f"preference_loss {device.type}"
-    benchmark.pedantic(finished(run), rounds=20, warmup_rounds=2)
+    benchmark.pedantic(waiting(run, device), rounds=20, warmup_rounds=2)

@@ -406,3 +406,32 @@ def test_the_command_measures_and_writes(tmp_path) -> None:
     assert plain["failure"] is None and plain["errors"]["dweight"] < 1e-5 and math.isfinite(plain["extra_bytes"])
     assert content["machine"]["threads"] == 1
     assert "| plain |" in page.read_text() and "| plain |" in (tmp_path / "out" / "head_cpu.md").read_text()
+
+
+def run_microbenchmarks(*arguments: str) -> str:
+    sizes = ["--vocab", "64", "--width", "8", "--tokens", "4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "-q", "-rs", *sizes, *arguments],
+        cwd=BENCHMARKS.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_microbenchmarks_name_the_device() -> None:
+    ids = [line for line in run_microbenchmarks("--collect-only").splitlines() if "::" in line]
+    assert ids and all(("cpu" in name) != ("gpu" in name) for name in ids)
+    operators = ("row_logprob", "group_epilogue", "calibration_weights", "head", "sequence_logps", "preference_loss")
+    for operator, device in ((operator, device) for operator in operators for device in ("cpu", "gpu")):
+        assert any(f"::test_{operator}[" in name and device in name for name in ids), (operator, device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_microbenchmarks_of_a_missing_gpu_are_skipped() -> None:
+    output = run_microbenchmarks("--benchmark-only", "-k", "(cpu or gpu) and (preference_loss or row_logprob)")
+    assert "there is no GPU that this torch can use" in output
+    assert "test_preference_loss[cpu-mean]" in output and "test_row_logprob[cpu-plain-float32-logp]" in output

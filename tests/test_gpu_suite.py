@@ -580,20 +580,28 @@ def test_a_killed_run_goes_on_where_it_ended(tmp_path) -> None:
     assert (tmp_path / "results.md").exists() and (tmp_path / "head.png").exists()
 
 
-def test_the_script_installs_what_cannot_be_imported(monkeypatch) -> None:
+@pytest.mark.parametrize("code", [0, 1], ids=["installs", "does not install"])
+def test_the_script_installs_what_cannot_be_imported(monkeypatch, capsys, code) -> None:
     spec = importlib.util.spec_from_file_location("gpu_suite", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     asked = []
-    monkeypatch.setattr(script.subprocess, "run", lambda command, check: asked.append(command))
+
+    def install(command, check):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(script.subprocess, "run", install)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "peers")
     script.ensure_package()
     assert not asked
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     script.ensure_package()
     (command,) = asked
     assert command[1:] == ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
-    assert sys.path[0] == str(ROOT)
+    assert sys.path[0] == str(ROOT) and os.environ["PYTHONPATH"] == f"{ROOT}{os.pathsep}peers"
+    assert ("could not be installed" in capsys.readouterr().err) == bool(code)
 
 
 @pytest.mark.gpu
