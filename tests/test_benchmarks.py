@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 import robust_dpo
 from robust_dpo.bench import memory, tables
@@ -234,17 +236,30 @@ def test_turns_rotate_and_prepare_is_not_timed() -> None:
         name: Run(lambda name=name: order.append(name), lambda name=name: order.append(f"prepare {name}"))
         for name in "abc"
     }
-    seconds = in_turns(runs, Stopwatch(CPU), rounds=3, until=float("inf"), warmups=0)
+    seconds = in_turns(runs, Stopwatch(CPU), rounds=3, warmups=0)
     assert [name for name in order if len(name) == 1] == list("abcbcacab")
     assert order[:2] == ["prepare a", "a"]
     assert {name: len(found) for name, found in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_turns_end_with_the_time() -> None:
-    now = iter(range(100))
-    runs = {"a": Run(lambda: None)}
-    seconds = in_turns(runs, Stopwatch(CPU), rounds=50, until=3, warmups=0, clock=lambda: next(now))
-    assert len(seconds["a"]) == 4  # the first without a look at the clock, then at 0, 1 and 2
+@pytest.mark.parametrize(
+    ("times", "rounds"),
+    [({"enough": 2}, 3), ({"enough": 6}, 6), ({"deadline": 0}, 1), ({"deadline": 2}, 2), ({}, 20)],
+    ids=str,
+)
+def test_turns_end_with_the_time(times, rounds) -> None:
+    """The clock shows how many calls there were."""
+    calls = []
+    runs = {"a": Run(lambda: calls.append(1))}
+    seconds = in_turns(runs, Stopwatch(CPU), rounds=20, warmups=0, clock=lambda: len(calls), **times)
+    assert len(seconds["a"]) == rounds == len(calls)
+
+
+def test_there_is_no_warm_up_without_time() -> None:
+    calls = []
+    runs = {"a": Run(lambda: calls.append(1))}
+    in_turns(runs, Stopwatch(CPU), rounds=1, warmups=5, enough=2, clock=lambda: len(calls))
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("resettable", [True, False], ids=["high-water mark", "sampled"])
@@ -326,6 +341,15 @@ def test_table_has_ratios_and_order(record) -> None:
     assert ours["time, × ours"] == "" and ours["× floor"] == "1.50" and ours["× bound"] == "1.00"
     assert table["cce"]["time, ms: median [min–max]"] == "failed: exit code 1"
     assert "logp error" not in lines[0]  # a column that nobody fills is left out
+
+
+def test_terminal_table_fits_and_explains(record) -> None:
+    console = Console(width=80, no_color=True, record=True, file=io.StringIO())
+    console.print(tables.rich_table(record))
+    text = console.export_text()
+    (plain,) = (line.split() for line in text.splitlines() if line.strip().startswith("plain "))
+    assert plain == ["plain", "5000", "40%", "3.33", "800", "GFLOP/s", "3.000", "2.22", "3e-06"]
+    assert "cce: exit code 1" in text and "other: cross-entropy instead" in text
 
 
 def test_floor_of_a_sweep_is_the_one_of_the_same_chunk() -> None:

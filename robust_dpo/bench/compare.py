@@ -89,8 +89,10 @@ def compare(candidates: Sequence[Candidate], bench: Workbench, case: str, *, rou
     bench.announce(case, "rounds")
     failures: dict[str, str] = {}
     tolerant = {name: _tolerant(name, run, failures) for name, run in runs.items()}
-    until = min(bench.deadline, time.monotonic() + bench.patience)
-    seconds = in_turns(tolerant, bench.stopwatch, rounds=rounds, until=until, warmups=warmups)
+    enough = time.monotonic() + bench.patience
+    seconds = in_turns(
+        tolerant, bench.stopwatch, rounds=rounds, enough=enough, deadline=bench.deadline, warmups=warmups
+    )
     for row in (candidate.row for candidate in candidates):
         if row.name in failures:
             row.failure = failures[row.name]

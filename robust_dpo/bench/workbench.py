@@ -37,7 +37,7 @@ class Workbench:
         device: where to measure.
         implementations: of the head, those that can be imported and were asked for.
         rounds: of every comparison, if there is time.
-        patience: seconds after which a comparison begins no more rounds.
+        patience: seconds of a comparison after which three rounds are enough.
         deadline: on time.monotonic(), when measuring must stop.
         seed: of all data.
         log: prints a line.
