@@ -32,6 +32,8 @@ from robust_dpo.bench.timing import Run, Stopwatch, in_turns
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 SHAPE = Shape(vocab=211, width=24, sequences=8, tokens=15)
+# Many tiny operators: see the fixture.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reference_loss(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,8 @@ SCRIPT = ROOT / "benchmarks" / "gpu_suite.py"
 CPU = torch.device("cpu")
 TINY = Shape(vocab=97, width=16, sequences=4, tokens=4, prompt=0)
 PNG = b"\x89PNG"
+# Many tiny operators: see the fixture.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def options(out: Path, **values) -> Options:
@@ -87,7 +89,7 @@ class Sleep(Case):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, suite.Result]:
+def finished(one_thread, tmp_path_factory) -> tuple[Path, suite.Result]:
     """A whole quick run of every kind of case."""
     out = tmp_path_factory.mktemp("suite")
     written = main.run_and_write(options(out, minutes=3), silent)
