@@ -31,7 +31,7 @@ from robust_dpo.kernels.row_logprob import RowLogprobLauncher
 from robust_dpo.kernels.row_logprob_triton import aot_variants, row_logprob
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = {"chosen": None, "one program": LaunchShape(1024), "seven programs": LaunchShape(256, 7)}
+SHAPES = {"one program": LaunchShape(1024), "seven programs": LaunchShape(256, 7)}
 BIG = 10_000  # the interpreter takes a second for a few rows of more
 
 
@@ -51,7 +51,7 @@ def sizes(fast: bool) -> list[tuple[int, int]]:
     return [(rows, vocab) for rows, vocab in every if fast or vocab < BIG or rows < 7]
 
 
-@pytest.mark.parametrize("transform", ["plain", "scale", "bias", "softcap", "all"])
+@pytest.mark.parametrize("transform", ["plain", "softcap", "all"])
 @pytest.mark.parametrize(("rows", "vocab"), [size for size in sizes(torch.cuda.is_available()) if size[1] < BIG])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_errors_stay_within_twice_those_of_pytorch(
@@ -81,9 +81,7 @@ def placed(values: Tensor, stride: int, shift: int, dtype: torch.dtype) -> tuple
 
 @pytest.mark.parametrize("transform", ["plain", "all"])
 @pytest.mark.parametrize("gradient", ["apart", "in phase", "in place", "none"])
-@pytest.mark.parametrize(
-    ("vocab", "padding", "shift"), [(640, 0, 0), (640, 16, 8), (5, 0, 0), (613, 0, 0), (613, 2, 3)]
-)
+@pytest.mark.parametrize(("vocab", "padding", "shift"), [(640, 16, 8), (5, 0, 0), (613, 2, 3)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_any_layout(dtype: torch.dtype, vocab: int, padding: int, shift: int, gradient: str, transform: str) -> None:
     # Odd strides give every row another distance to the next 16-byte boundary.
@@ -124,6 +122,14 @@ def test_narrow_gradient_over_the_front_of_long_rows(narrow: torch.dtype, vocab:
     moved = Case(tile, case.targets, case.row_scale, case.bias, case.softcap, case.logit_scale)
     result = run(launcher_of(LaunchShape(128)), moved, over)
     assert_within_budget(result, over, truth, budget)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_chosen_shape_gives_the_same(rows: int) -> None:
+    # Interpreted, the chip counts as one multiprocessor: one row is split, three are not.
+    case, truth, budget = solved(torch.bfloat16, rows, 20_000, "plain")
+    grad = poisoned(case)
+    assert_within_budget(run(launcher_of(None), case, grad), grad, truth, budget)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
