@@ -155,7 +155,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def aot_variants() -> list[Variant]:
-    """Every form with the most threads, which have the fewest registers each; the common ones with fewer threads too."""
+    """Every form with the most threads, where registers are fewest, the common ones with fewer threads too."""
     return [
         variant("row_logprob", row_logprob_kernel, form, threads)
         for form in all_forms()
