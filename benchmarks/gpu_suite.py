@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +20,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def ensure_package() -> None:
-    """Install the checkout in place, with what is here: no network, no dependencies."""
+    """Install the checkout in place, with what is here: no network, no dependencies.
+
+    Where that does not work, the checkout itself is used, without native code for the CPU.
+    """
     if importlib.util.find_spec("robust_dpo") is not None:
         return
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
-    subprocess.run(command, check=True)
-    # An editable install is a hook that only a new process loads; until then the folder itself does.
+    if subprocess.run(command, check=False).returncode:
+        print("the package could not be installed; going on with the sources as they are", file=sys.stderr)
+    # An editable install is a hook that only a new process loads; this one, and its children, take the folder.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     sys.path.insert(0, str(ROOT))
     importlib.invalidate_caches()
 

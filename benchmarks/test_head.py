@@ -1,46 +1,45 @@
-"""pytest-benchmark of every implementation of the head in one process; head_cpu.py is the fair and complete comparison.
+"""pytest-benchmark of every implementation of the head in one process.
 
-pytest benchmarks/test_head.py --benchmark-only
+`head_cpu.py` and `gpu_suite.py` are the fair and complete comparisons.
+
+    pytest benchmarks/test_head.py --benchmark-only -k cpu
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from headbench.peers import IMPLEMENTATIONS, Bound
-from headbench.problem import Problem, Shape, Solution, make_problem, relative_error, solve
-from headbench.session import dtype_name
 from pytest_benchmark.fixture import BenchmarkFixture
 
-# Wide enough for the bf16 rounding of logits, far too narrow for a wrong gradient.
-SANITY = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+from robust_dpo.bench.cases.base import HEAD_LIMIT, dtype_name
+from robust_dpo.bench.compare import wrong_results
+from robust_dpo.bench.implementation import Bound
+from robust_dpo.bench.problem import Problem, Shape, make_problem
+from robust_dpo.bench.registry import IMPLEMENTATIONS
+from robust_dpo.bench.solution import Solution, solve
+from robust_dpo.bench.timing import waiting
+
+# Those with the cross-entropy for a loss have no live reference.
+NAMES = [name for name, each in IMPLEMENTATIONS.items() if each.objective == "preference"]
 
 
-@pytest.fixture(scope="module", params=SANITY, ids=dtype_name)
-def case(request: pytest.FixtureRequest) -> tuple[Problem, Solution]:
-    options = request.config.option
-    shape = Shape(options.vocab, options.width, options.sequences, options.tokens)
-    problem = make_problem(shape, request.param, seed=0)
+@pytest.fixture(scope="module", params=(torch.float32, torch.bfloat16), ids=dtype_name)
+def case(request: pytest.FixtureRequest, device: torch.device, shape: Shape) -> tuple[Problem, Solution]:
+    problem = make_problem(shape, request.param, seed=0, device=device)
     return problem, solve(problem)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_head(benchmark: BenchmarkFixture, case: tuple[Problem, Solution], name: str) -> None:
     problem, exact = case
-    implementation, dtype = IMPLEMENTATIONS[name], problem.weight.dtype
+    implementation = IMPLEMENTATIONS[name]
     if not implementation.available:
         pytest.skip(f"{implementation.package} is not installed")
-    if dtype not in implementation.dtypes:
-        pytest.skip(f"{name} is not a choice for {dtype_name(dtype)} inputs")
+    if obstacle := implementation.obstacle(problem):
+        pytest.skip(f"{name}: {obstacle}")
     bound = Bound.to(implementation, problem)
-    loss = bound.step()
-    dhidden, dweight = bound.gradients()
-    errors = {
-        "loss": relative_error(loss, exact.loss),
-        "dhidden": relative_error(dhidden.flatten(0, 1), exact.dhidden.flatten(0, 1)),
-        "dweight": relative_error(dweight, exact.dweight),
-    }
-    assert max(errors.values()) < SANITY[dtype], errors
-    benchmark.group = f"head forward + backward, {dtype_name(dtype)}"
+    errors = exact.errors(bound.step(), *bound.gradients())
+    assert wrong_results(errors, dict.fromkeys(errors, HEAD_LIMIT[problem.dtype])) is None
+    benchmark.group = f"head forward + backward, {problem.weight.device.type} {dtype_name(problem.dtype)}"
     benchmark.extra_info.update(errors)
-    benchmark.pedantic(bound.step, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(waiting(bound.step, problem.weight.device), rounds=5, warmup_rounds=1)

@@ -249,7 +249,7 @@ def group_epilogue(
 def _counter(device: torch.device) -> Tensor:
     """[1] int32, programs of the launch that are done; zero between launches."""
     if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return _counter_of_stream(device, 0)
     if torch.cuda.is_current_stream_capturing():
         # A graph may be replayed beside anything else, so it has its own, which its every replay sets to zero.
         return torch.zeros(1, dtype=torch.int32, device=device)

@@ -50,16 +50,37 @@ def row_head(p_row: tl.tensor, vocab: tl.tensor, ALIGNED: tl.constexpr) -> tl.te
 
 
 @triton.jit
-def edge_columns(span: tl.tuple, VECTOR: tl.constexpr) -> tuple:
+def edge_columns(span: tl.tuple, VECTOR: tl.constexpr) -> tl.tuple:
     """Columns [2 · VECTOR] in front of and behind the whole vectors, and which of them there are.
 
     The edge belongs to the program that has the first vector.
     """
-    head, first_vec, last_vec, n_vec, vocab, target = span
+    head, first_vec, _last_vec, n_vec, vocab, _target = span
     o = tl.arange(0, 2 * VECTOR)
     o_col = tl.where(o < VECTOR, o, head + n_vec * VECTOR + o - VECTOR)
     m_col = tl.where(o < VECTOR, o < head, o_col < vocab)
     return o_col, m_col & (o * 0 + first_vec == 0)
+
+
+@triton.jit
+def tanh(b_x: tl.tensor) -> tl.tuple:
+    """(tanh x, 1 − tanh² x) through d = e^{−2|x|}: nothing overflows, and 1 − tanh² = 4d/(1 + d)² keeps its digits.
+
+    Below 0.625, where 1 − 2d/(1 + d) would cancel, tanh is an odd minimax polynomial, that of
+    csrc/row_logprob_kernel.h (relative error 4.4e-9 before rounding).
+    """
+    b_size = tl.abs(b_x)
+    b_decay = exp(-2 * b_size)
+    b_inverse = 1 / (1 + b_decay)
+    b_large = 1 - 2 * b_decay * b_inverse
+    b_square = b_x * b_x
+    b_p = -5.7049864e-3 * b_square + 2.0639086e-2
+    b_p = b_p * b_square - 5.3739715e-2
+    b_p = b_p * b_square + 1.3331442e-1
+    b_p = b_p * b_square - 3.3333281e-1
+    b_small = b_x * b_square * b_p + b_x
+    b_tanh = tl.where(b_size < 0.625, b_small, tl.where(b_x < 0, -b_large, b_large))
+    return b_tanh, 4 * b_decay * b_inverse * b_inverse
 
 
 @triton.jit
@@ -69,7 +90,7 @@ def transform(
     m_col: tl.tensor,
     head_of_model: tl.tuple,
     TRANSFORMED: tl.constexpr,
-) -> tuple:
+) -> tl.tuple:
     """Logits v of the tile's values z, and dv/dz / logit_scale.
 
     Args:
@@ -83,12 +104,8 @@ def transform(
         b_v = (b_v + b_bias) * logit_scale
         b_slope = tl.zeros_like(b_v) + 1.0
         if softcap > 0:
-            b_x = b_v / softcap
-            # tanh through e^{−2|x|}: nothing overflows, and 1 − tanh² keeps its digits where the tanh saturates.
-            b_decay = exp(-2 * tl.abs(b_x))
-            b_tanh = (1 - b_decay) / (1 + b_decay)
-            b_v = softcap * tl.where(b_x < 0, -b_tanh, b_tanh)
-            b_slope = 4 * b_decay / ((1 + b_decay) * (1 + b_decay))
+            b_tanh, b_slope = tanh(b_v * (1 / softcap))
+            b_v = softcap * b_tanh
         return b_v, b_slope
     else:
         return b_v * logit_scale, 1.0
@@ -99,7 +116,7 @@ def load_target(
     p_row: tl.tensor,
     p_target: tl.tensor,
     vocab: tl.tensor,
-) -> tuple:
+) -> tl.tuple:
     """Column of the target, -1 where it lies outside of the vocabulary, and its value z, NaN there."""
     target = tl.load(p_target)
     inside = (target >= 0) & (target < vocab)
@@ -108,7 +125,7 @@ def load_target(
 
 
 @triton.jit
-def weigh(b_v: tl.tensor, b_max: tl.tensor, m_other: tl.tensor, ENTROPY: tl.constexpr) -> tuple:
+def weigh(b_v: tl.tensor, b_max: tl.tensor, m_other: tl.tensor, ENTROPY: tl.constexpr) -> tl.tuple:
     """Terms of s and t of logits along axis 1, against one maximum per entry of axis 0."""
     b_d = b_v - b_max[:, None]
     b_e = tl.where(m_other, exp(b_d), 0.0)
@@ -119,8 +136,8 @@ def weigh(b_v: tl.tensor, b_max: tl.tensor, m_other: tl.tensor, ENTROPY: tl.cons
 
 
 @triton.jit
-def move(b_max: tl.tensor, b_new: tl.tensor, b_s: tl.tensor, b_t: tl.tensor) -> tuple:
-    """s and t of an old maximum, for a new one: Σ e^{v−n}(v − n) = e^{m−n} (t + s (m − n))."""
+def move(b_max: tl.tensor, b_new: tl.tensor, b_s: tl.tensor, b_t: tl.tensor) -> tl.tuple:
+    """From s and t of an old maximum to those of a new one: Σ e^{v−n}(v − n) = e^{m−n} (t + s (m − n))."""
     b_shift = tl.maximum(b_max - b_new, FAINT)
     b_decay = exp(b_shift)
     return b_s * b_decay, (b_t + b_s * b_shift) * b_decay
@@ -144,12 +161,12 @@ def edge_statistics(
     LANES: tl.constexpr,
     TRANSFORMED: tl.constexpr,
     ENTROPY: tl.constexpr,
-) -> tuple:
+) -> tl.tuple:
     """(m, s, t) that lanes begin with: all have the maximum of the edge, the first one its sums."""
-    head, first_vec, last_vec, n_vec, vocab, target = span
+    _head, _first_vec, _last_vec, _n_vec, _vocab, target = span
     o_col, m_col = edge_columns(span, VECTOR)
     b_z = tl.load(p_row + o_col, mask=m_col, other=0.0)
-    b_v, b_slope = transform(b_z, o_col, m_col, head_of_model, TRANSFORMED)
+    b_v, _b_slope = transform(b_z, o_col, m_col, head_of_model, TRANSFORMED)
     b_v = tl.where(m_col, b_v, float("-inf"))[None, :]
     b_max = tl.maximum(tl.max(b_v, 1), LOWEST)
     b_s, b_t = weigh(b_v, b_max, (o_col != target)[None, :], ENTROPY)
@@ -168,13 +185,13 @@ def row_statistics(
     TRANSFORMED: tl.constexpr,
     ENTROPY: tl.constexpr,
     EVICTION: tl.constexpr,
-) -> tuple:
+) -> tl.tuple:
     """(m, s, t) of a span of a row: its vectors first_vec … last_vec − 1, and the edge if the first one is among them.
 
     Args:
         span: (head, first_vec, last_vec, n_vec, vocab, target), the last four of the whole row, but for last_vec.
     """
-    head, first_vec, last_vec, n_vec, vocab, target = span
+    head, first_vec, last_vec, _n_vec, _vocab, target = span
     if ALIGNED:
         p_body = p_row
         b_m = tl.full([LANES], LOWEST, tl.float32)
@@ -190,19 +207,20 @@ def row_statistics(
         m_vec = o_vec < last_vec
         o = o_vec[:, None] * VECTOR + o_inner
         b_z = tl.load(p_body + o, mask=m_vec[:, None], other=0.0, eviction_policy=EVICTION)
-        b_v, b_slope = transform(b_z, head + o, m_vec[:, None], head_of_model, TRANSFORMED)
-        # Selections per vector, not per element: what lies behind the end is computed and dropped.
+        b_v, _b_slope = transform(b_z, head + o, m_vec[:, None], head_of_model, TRANSFORMED)
+        # Selections per vector, not per element: behind the end v is 0, and e^{0 − inf} adds nothing.
         b_new = tl.where(m_vec, tl.maximum(b_m, tl.max(b_v, 1)), b_m)
         b_s, b_t = move(b_m, b_new, b_s, b_t)
-        s_add, t_add = weigh(b_v, b_new, not_target(o_vec, o_inner, head, target, VECTOR), ENTROPY)
-        b_s += tl.where(m_vec, s_add, 0.0)
-        b_t += tl.where(m_vec, t_add, 0.0)
+        b_against = tl.where(m_vec, b_new, float("inf"))
+        s_add, t_add = weigh(b_v, b_against, not_target(o_vec, o_inner, head, target, VECTOR), ENTROPY)
+        b_s += s_add
+        b_t += t_add
         b_m = b_new
     return fold(b_m, b_s, b_t)
 
 
 @triton.jit
-def fold(b_m: tl.tensor, b_s: tl.tensor, b_t: tl.tensor) -> tuple:
+def fold(b_m: tl.tensor, b_s: tl.tensor, b_t: tl.tensor) -> tl.tuple:
     """(m, s, t) of the union, from those of parts; the tree of the sum is fixed, so the bits are too."""
     m = tl.max(b_m, 0)
     b_s, b_t = move(b_m, tl.zeros_like(b_m) + m, b_s, b_t)
@@ -210,18 +228,19 @@ def fold(b_m: tl.tensor, b_s: tl.tensor, b_t: tl.tensor) -> tuple:
 
 
 @triton.jit
-def finish(m: tl.tensor, s: tl.tensor, t: tl.tensor, v_target: tl.tensor, target: tl.tensor) -> tuple:
+def finish(m: tl.tensor, s: tl.tensor, t: tl.tensor, v_target: tl.tensor, target: tl.tensor) -> tl.tuple:
     """Of a whole row: logp, lse, entropy, Σ e^{v − m} with the target, and p(target) − 1."""
     inside = target >= 0
     d_target = v_target - m
     e_target = tl.where(inside, exp(d_target), 0.0)
     total = s + e_target
     # log1p of the odds against the target, by the quotient log(u)/(u − 1) that cancels the rounding of u = 1 + odds.
-    odds = s / e_target
+    is_likely = e_target > s
+    odds = s / tl.where(is_likely, e_target, 1.0)
     u = 1 + odds
     log1p = tl.where(u == 1, odds, tl.log(u) * (odds / tl.where(u == 1, 1.0, u - 1)))
     log_total = tl.log(total)
-    logp = tl.where(e_target > s, -log1p, d_target - log_total)
+    logp = tl.where(is_likely, -log1p, d_target - log_total)
     t_total = t + tl.where(inside, e_target * tl.maximum(d_target, FAINT), 0.0)
     return logp, m + log_total, log_total - t_total / total, total, -s / total
 
@@ -236,7 +255,7 @@ def gradient(
     result: tl.tuple,
     TRANSFORMED: tl.constexpr,
 ) -> tl.tensor:
-    """factor · e^{v − m} · slope, and target_factor · slope at the target; result: (m, factor, target_factor)."""
+    """The factor · e^{v − m} · slope, and target_factor · slope at the target; result: (m, factor, target_factor)."""
     m, factor, target_factor = result
     b_v, b_slope = transform(b_z, o_col, m_col, head_of_model, TRANSFORMED)
     return tl.where(m_other, exp(b_v - m) * factor, target_factor) * b_slope
@@ -266,7 +285,7 @@ def write_gradient(
     then blocks go downwards, because the end of the row was touched last and is the likeliest to be in the cache still
     where the rows in flight do not all fit.
     """
-    head, first_vec, last_vec, n_vec, vocab, target = span
+    head, first_vec, last_vec, _n_vec, _vocab, target = span
     GRAD_TYPE: tl.constexpr = p_grad_row.dtype.element_ty
     NARROWED: tl.constexpr = GRAD_TYPE.primitive_bitwidth < p_row.dtype.element_ty.primitive_bitwidth
     if ALIGNED:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dpo.kernels.triton_aot import Variant
+from robust_dpo.kernels.triton_aot import MAX_THREADS, Variant
 
 # Of one load instruction; the widest on sm_80 and sm_90.
 LOAD_BYTES = 16
 # That a thread takes in one step of a loop: 16 registers in fp32, of the 64 that 1,024 threads leave to each. In bf16
 # these are 32 bytes, 4.3 MB under way on 132 multiprocessors, where 3.4 TB/s × 0.7 µs of latency = 2.4 MB are needed.
-# Bias and softcap need registers of their own (16 elements spill on sm_90), and their arithmetic takes longer.
 ELEMENTS_PER_THREAD = 16
-TRANSFORMED_ELEMENTS_PER_THREAD = 8
+# Bias and softcap need registers of their own: with 64, 16 elements would spill (sm_90).
+CROWDED_ELEMENTS_PER_THREAD = 8
 # With up to 64 registers per thread the 65,536 of a multiprocessor hold that many threads.
 THREADS_PER_MULTIPROCESSOR = 1024
 # The caches have 40 MB (A100) and 50 MB (H100, H200); the rest is for the rows just done and those about to begin.
@@ -99,8 +99,8 @@ class RowForm:
 
     def lanes(self, threads: int) -> int:
         """Vectors of 16 bytes that a program of that many threads takes in one step of its loop."""
-        elements = TRANSFORMED_ELEMENTS_PER_THREAD if self.transformed else ELEMENTS_PER_THREAD
-        return threads * elements // self.vector
+        crowded = self.transformed and threads == THREADS_PER_MULTIPROCESSOR
+        return threads * (CROWDED_ELEMENTS_PER_THREAD if crowded else ELEMENTS_PER_THREAD) // self.vector
 
     def constants(self, threads: int) -> dict[str, object]:
         """The constexpr parameters of all row kernels, by name, for programs of that many threads."""
@@ -177,7 +177,7 @@ def argument_types(form: RowForm) -> dict[str, str]:
 
 
 def variant(label: str, kernel: Any, form: RowForm, threads: int) -> Variant:
-    """The kernel in one form, as `launch` runs it with 32 threads in a warp."""
+    """The kernel in one form, as `launch` runs it."""
     types = {name: value for name, value in argument_types(form).items() if name in kernel.arg_names}
     constants = {name: value for name, value in form.constants(threads).items() if name in kernel.arg_names}
     if "p_grad" in kernel.arg_names and form.grad is None:
@@ -194,7 +194,7 @@ def launch(kernel: Any, programs: int, form: RowForm, threads: int, values: Mapp
     constants = form.constants(threads)
     arguments = {name: value for name, value in {**values, **constants}.items() if name in kernel.arg_names}
     # Fused multiply-add is the default; newer versions warn where it is not asked for.
-    kernel[(programs,)](**arguments, num_warps=threads // warp_size(), enable_fp_fusion=True)
+    kernel[(programs,)](**arguments, num_warps=min(threads // 32, MAX_THREADS // warp_size()), enable_fp_fusion=True)
 
 
 @functools.cache

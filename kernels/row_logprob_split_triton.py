@@ -40,7 +40,7 @@ def span_of(
     vocab: tl.tensor,
     target: tl.tensor,
     VECTOR: tl.constexpr,
-) -> tuple:
+) -> tl.tuple:
     """The span of one segment of a row; see `row_statistics`."""
     n_vec = (vocab - head) // VECTOR
     first_vec = i_segment * segment_vecs
@@ -74,9 +74,7 @@ def row_partials_kernel(
     head = row_head(p_row, vocab, ALIGNED)
     span = span_of(head, i_segment, segment_vecs, vocab, target, VECTOR)
     head_of_model = (p_bias, has_bias, logit_scale, softcap)
-    m, s, t = row_statistics(
-        p_row, span, head_of_model, VECTOR, LANES, ALIGNED, TRANSFORMED, ENTROPY, "evict_last"
-    )
+    m, s, t = row_statistics(p_row, span, head_of_model, VECTOR, LANES, ALIGNED, TRANSFORMED, ENTROPY, "evict_last")
     p_partial = p_partials + (i_row * segments + i_segment) * PARTIALS
     tl.store(p_partial, m)
     tl.store(p_partial + 1, s)

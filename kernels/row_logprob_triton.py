@@ -17,7 +17,15 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from robust_dpo.errors import argument_error
-from robust_dpo.kernels.row_blocks import finish, load_target, row_head, row_start, row_statistics, transform, write_gradient
+from robust_dpo.kernels.row_blocks import (
+    finish,
+    load_target,
+    row_head,
+    row_start,
+    row_statistics,
+    transform,
+    write_gradient,
+)
 from robust_dpo.kernels.row_launch import (
     TYPE_NAMES,
     LaunchShape,
@@ -78,9 +86,7 @@ def row_logprob_kernel(
         scale = tl.load(p_row_scale + i_row, mask=has_row_scale != 0, other=1.0) * logit_scale
         p_grad_row = row_start(p_grad, i_row, grad_stride, ALIGNED)
         result = (m, scale / total, scale * target_factor)
-        write_gradient(
-            p_row, p_grad_row, span, head_of_model, result, VECTOR, LANES, ALIGNED, WIDE_STORE, TRANSFORMED
-        )
+        write_gradient(p_row, p_grad_row, span, head_of_model, result, VECTOR, LANES, ALIGNED, WIDE_STORE, TRANSFORMED)
 
 
 def row_logprob(
@@ -149,10 +155,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def aot_variants() -> list[Variant]:
-    """Every form, with the most threads (the fewest registers for each); the common ones with every number of them."""
+    """Every form with the most threads, where registers are fewest, the common ones with fewer threads too."""
     return [
         variant("row_logprob", row_logprob_kernel, form, threads)
         for form in all_forms()
         for threads in (128, 256, 512, 1024)
-        if threads == 1024 or (form.aligned and not form.transformed and not form.entropy)
+        if threads == 1024 or (form.aligned and not form.entropy and (threads == 512 or not form.transformed))
     ]

@@ -43,7 +43,7 @@ class Case:
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """logp, lse, entropy, gradient."""
-        z = self.logits.to(dtype).requires_grad_()
+        z = self.logits.to(dtype, copy=True).requires_grad_()
         values = z if self.bias is None else z + self.bias.to(dtype)
         values = values * self.logit_scale
         if self.softcap is not None:
@@ -109,6 +109,9 @@ def assert_within_budget(result: RowLogprob, grad: Tensor, truth: tuple[Tensor, 
         if name != "grad":
             assert ours.dtype == precision
         largest = float(exact.abs().max()) if exact.numel() else 0.0
+        # What PyTorch may lose in the last rounding, not what it happened to lose here (rounding to bf16 in Triton's
+        # interpreter is off by up to a unit).
+        allowed = max(allowed, torch.finfo(ours.dtype).eps / 2 * largest)
         # In float64 the truth has rounding errors of the same size, which grow with the vocabulary.
         units = 4096 if precision == torch.float64 else 4
         tiny = units * torch.finfo(precision).eps * max(1.0, largest)

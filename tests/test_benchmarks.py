@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 import robust_dpo
 from robust_dpo.bench import memory, tables
@@ -30,6 +32,8 @@ from robust_dpo.bench.timing import Run, Stopwatch, in_turns
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 SHAPE = Shape(vocab=211, width=24, sequences=8, tokens=15)
+# Many tiny operators: see the fixture.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reference_loss(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -234,17 +238,30 @@ def test_turns_rotate_and_prepare_is_not_timed() -> None:
         name: Run(lambda name=name: order.append(name), lambda name=name: order.append(f"prepare {name}"))
         for name in "abc"
     }
-    seconds = in_turns(runs, Stopwatch(CPU), rounds=3, until=float("inf"), warmups=0)
+    seconds = in_turns(runs, Stopwatch(CPU), rounds=3, warmups=0)
     assert [name for name in order if len(name) == 1] == list("abcbcacab")
     assert order[:2] == ["prepare a", "a"]
     assert {name: len(found) for name, found in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_turns_end_with_the_time() -> None:
-    now = iter(range(100))
-    runs = {"a": Run(lambda: None)}
-    seconds = in_turns(runs, Stopwatch(CPU), rounds=50, until=3, warmups=0, clock=lambda: next(now))
-    assert len(seconds["a"]) == 4  # the first without a look at the clock, then at 0, 1 and 2
+@pytest.mark.parametrize(
+    ("times", "rounds"),
+    [({"enough": 2}, 3), ({"enough": 6}, 6), ({"deadline": 0}, 1), ({"deadline": 2}, 2), ({}, 20)],
+    ids=str,
+)
+def test_turns_end_with_the_time(times, rounds) -> None:
+    """The clock shows how many calls there were."""
+    calls = []
+    runs = {"a": Run(lambda: calls.append(1))}
+    seconds = in_turns(runs, Stopwatch(CPU), rounds=20, warmups=0, clock=lambda: len(calls), **times)
+    assert len(seconds["a"]) == rounds == len(calls)
+
+
+def test_there_is_no_warm_up_without_time() -> None:
+    calls = []
+    runs = {"a": Run(lambda: calls.append(1))}
+    in_turns(runs, Stopwatch(CPU), rounds=1, warmups=5, enough=2, clock=lambda: len(calls))
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("resettable", [True, False], ids=["high-water mark", "sampled"])
@@ -328,6 +345,15 @@ def test_table_has_ratios_and_order(record) -> None:
     assert "logp error" not in lines[0]  # a column that nobody fills is left out
 
 
+def test_terminal_table_fits_and_explains(record) -> None:
+    console = Console(width=80, no_color=True, record=True, file=io.StringIO())
+    console.print(tables.rich_table(record))
+    text = console.export_text()
+    (plain,) = (line.split() for line in text.splitlines() if line.strip().startswith("plain "))
+    assert plain == ["plain", "5000", "40%", "3.33", "800", "GFLOP/s", "3.000", "2.22", "3e-06"]
+    assert "cce: exit code 1" in text and "other: cross-entropy instead" in text
+
+
 def test_floor_of_a_sweep_is_the_one_of_the_same_chunk() -> None:
     rows = [
         Row(name, role, [seconds], parameters={"chunk": chunk})
@@ -406,3 +432,32 @@ def test_the_command_measures_and_writes(tmp_path) -> None:
     assert plain["failure"] is None and plain["errors"]["dweight"] < 1e-5 and math.isfinite(plain["extra_bytes"])
     assert content["machine"]["threads"] == 1
     assert "| plain |" in page.read_text() and "| plain |" in (tmp_path / "out" / "head_cpu.md").read_text()
+
+
+def run_microbenchmarks(*arguments: str) -> str:
+    sizes = ["--vocab", "64", "--width", "8", "--tokens", "4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "-q", "-rs", *sizes, *arguments],
+        cwd=BENCHMARKS.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_microbenchmarks_name_the_device() -> None:
+    ids = [line for line in run_microbenchmarks("--collect-only").splitlines() if "::" in line]
+    assert ids and all(("cpu" in name) != ("gpu" in name) for name in ids)
+    operators = ("row_logprob", "group_epilogue", "calibration_weights", "head", "sequence_logps", "preference_loss")
+    for operator, device in ((operator, device) for operator in operators for device in ("cpu", "gpu")):
+        assert any(f"::test_{operator}[" in name and device in name for name in ids), (operator, device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_microbenchmarks_of_a_missing_gpu_are_skipped() -> None:
+    output = run_microbenchmarks("--benchmark-only", "-k", "(cpu or gpu) and (preference_loss or row_logprob)")
+    assert "there is no GPU that this torch can use" in output
+    assert "test_preference_loss[cpu-mean]" in output and "test_row_logprob[cpu-plain-float32-logp]" in output

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from robust_dpo.cli import app
 from robust_dpo.cli.exit_codes import MEANING, ExitCode
 
-COMMANDS = ("calibrate", "train", "evaluate", "report", "doctor", "demo")
+COMMANDS = ("calibrate", "train", "evaluate", "report", "doctor", "demo", "bench")
 
 
 def run(*arguments: object) -> Any:
@@ -380,3 +380,34 @@ def test_documentation_has_the_commands_and_the_exit_codes() -> None:
         assert f"| `{command}` |" in page
     for code, meaning in MEANING.items():
         assert f"| {int(code)} | {meaning} |" in page
+
+
+def test_bench_measures_prints_and_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    asked = ("bench", "--out", out, "--device", "cpu", "--quick", "--only", "rows,calibration", "--compare", "plain")
+    result = run(*asked)
+    assert result.exit_code == ExitCode.OK, result.output
+    for expected in ("row_logprob, n = 17", "× floor", "Calibration weights of 1000 probabilities", "results.md"):
+        assert expected in result.output
+    assert {path.name for path in out.iterdir()} == {"results.json", "results.md", "bandwidth.png"}
+    assert run(*asked).output.count("measured before") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content", "code", "message"),
+    [
+        (("--only", "heads"), None, ExitCode.USAGE, "only: expected groups out of"),
+        (("--compare", "nobody"), None, ExitCode.USAGE, "implementations: expected names out of"),
+        (("--minutes", "0"), None, ExitCode.USAGE, "minutes: expected"),
+        (("--device", "tpu"), None, ExitCode.USAGE, "'tpu' is not one of"),
+        ((), "{", ExitCode.DATA, "results.json:1: not valid JSON"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bench_explains_what_is_wrong(tmp_path: Path, arguments, content, code, message) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    result = run("bench", "--out", tmp_path, "--quick", *arguments)
+    assert result.exit_code == code
+    assert message in flat(result.output)
+    assert len(result.output.splitlines()) == 1

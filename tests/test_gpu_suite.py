@@ -21,6 +21,7 @@ import torch
 
 from robust_dpo.bench import catalogue, implementation, main, smoke, suite
 from robust_dpo.bench import compare as compare_module
+from robust_dpo.bench import machine as machine_module
 from robust_dpo.bench.budget import Budget, OutOfTime, Pace
 from robust_dpo.bench.cases.base import Case
 from robust_dpo.bench.cases.epilogue import EpilogueCase
@@ -47,6 +48,8 @@ SCRIPT = ROOT / "benchmarks" / "gpu_suite.py"
 CPU = torch.device("cpu")
 TINY = Shape(vocab=97, width=16, sequences=4, tokens=4, prompt=0)
 PNG = b"\x89PNG"
+# Many tiny operators: see the fixture.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def options(out: Path, **values) -> Options:
@@ -86,7 +89,7 @@ class Sleep(Case):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, suite.Result]:
+def finished(one_thread, tmp_path_factory) -> tuple[Path, suite.Result]:
     """A whole quick run of every kind of case."""
     out = tmp_path_factory.mktemp("suite")
     written = main.run_and_write(options(out, minutes=3), silent)
@@ -201,6 +204,14 @@ def test_the_alarm_passes_through_handlers_of_exceptions() -> None:
             pytest.fail("swallowed")
 
 
+def test_patience_ends_the_rounds_of_one_case() -> None:
+    row = Row("slow", Role.OURS)
+    run = Run(lambda: time.sleep(0.1))
+    candidate = Candidate(row, lambda: Opened(run, {}), {}, takes_memory=False)
+    assert compare([candidate], bench(patience=0.15), "case", rounds=50, warmups=0)
+    assert len(row.seconds) == 3
+
+
 def test_pace_scales_with_cost_and_takes_the_nearest() -> None:
     pace = Pace()
     assert pace.expect("head", 100) == 0
@@ -268,6 +279,42 @@ def test_a_peer_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, registered
     rows = {row.name: row for row in record.rows}
     assert rows["greedy"].failure == "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB"
     assert rows["plain"].seconds and not result.failed
+
+
+def test_who_fails_between_the_rounds_is_dropped_from_them(tmp_path, registered) -> None:
+    calls = []
+
+    def build(problem):
+        right = ours(problem)
+
+        def loss(hidden, weight):
+            calls.append(1)
+            if len(calls) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return right(hidden, weight)
+
+        return loss
+
+    registered(Implementation("tired", build))
+    result = run_suite(options(tmp_path, compare=("tired", "plain")), silent, [HeadCase(TINY, torch.float32)])
+    (record,) = result.store.records.values()
+    rows = {row.name: row for row in record.rows}
+    assert rows["tired"].failure == "OutOfMemoryError: CUDA out of memory" and not rows["tired"].seconds
+    assert len(rows["plain"].seconds) == 3 and len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  565.57.01  Thu Oct 10 12:29:05 UTC 2024\n",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  565.57.01  Release Build\n",
+    ],
+    ids=["closed", "open"],
+)
+def test_driver_version_is_found(tmp_path, monkeypatch, text) -> None:
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(machine_module, "_DRIVER", tmp_path / "version")
+    assert machine_module._driver() == "565.57.01"
 
 
 def test_a_problem_that_does_not_fit_is_recorded(tmp_path, monkeypatch) -> None:
@@ -535,20 +582,28 @@ def test_a_killed_run_goes_on_where_it_ended(tmp_path) -> None:
     assert (tmp_path / "results.md").exists() and (tmp_path / "head.png").exists()
 
 
-def test_the_script_installs_what_cannot_be_imported(monkeypatch) -> None:
+@pytest.mark.parametrize("code", [0, 1], ids=["installs", "does not install"])
+def test_the_script_installs_what_cannot_be_imported(monkeypatch, capsys, code) -> None:
     spec = importlib.util.spec_from_file_location("gpu_suite", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     asked = []
-    monkeypatch.setattr(script.subprocess, "run", lambda command, check: asked.append(command))
+
+    def install(command, check):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(script.subprocess, "run", install)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "peers")
     script.ensure_package()
     assert not asked
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     script.ensure_package()
     (command,) = asked
     assert command[1:] == ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
-    assert sys.path[0] == str(ROOT)
+    assert sys.path[0] == str(ROOT) and os.environ["PYTHONPATH"] == f"{ROOT}{os.pathsep}peers"
+    assert ("could not be installed" in capsys.readouterr().err) == bool(code)
 
 
 @pytest.mark.gpu

@@ -73,6 +73,14 @@ def of(rows: list[Row], kernel: str, target: str) -> list[Row]:
     return found
 
 
+def hot_reports(rows: list[Row]) -> dict[str, Row]:
+    return {row["variant"]: row["report"] for row in rows if row["report"] and row["report"]["hot"]}
+
+
+# Vectors whose indices stay below 2³¹ by what they are: the vocabulary, three numbers.
+SHORT_VECTORS = {"p_bias", "p_state"}
+
+
 @pytest.mark.parametrize("target", [FULL_TARGET, *OTHER_TARGETS])
 @pytest.mark.parametrize("kernel", KERNELS)
 class TestKernels:
@@ -80,23 +88,30 @@ class TestKernels:
         assert {row["variant"]: row["error"] for row in of(rows, kernel, target) if row["error"]} == {}
 
     def test_hot_variants_do_not_spill(self, rows: list[Row], kernel: str, target: str) -> None:
-        reports = {row["variant"]: row["report"] for row in of(rows, kernel, target) if row["report"]["hot"]}
+        reports = hot_reports(of(rows, kernel, target))
         spilling = {name: report for name, report in reports.items() if report["local_bytes"] or report["spill_bytes"]}
         assert spilling == {}
 
     def test_loops_of_hot_variants_load_16_bytes_at_a_time(self, rows: list[Row], kernel: str, target: str) -> None:
-        reports = {row["variant"]: row["report"] for row in of(rows, kernel, target) if row["report"]["hot"]}
+        reports = hot_reports(of(rows, kernel, target))
         widths = {name: report["loop_loads"] for name, report in reports.items()}
         assert {name: loads for name, loads in widths.items() if any(int(width) < 16 for width in loads)} == {}
 
     def test_fits_the_chip(self, rows: list[Row], kernel: str, target: str) -> None:
         for row in of(rows, kernel, target):
             report = row["report"]
+            assert report, row["error"]
             threads = 32 * report["num_warps"]
             if target != "gfx942":  # registers go to warps in units of 8 per thread
                 assert -(-report["registers"] // 8) * 8 * threads <= 65536, row["variant"]
             assert report["shared_bytes"] <= TARGETS[target].shared_limit, row["variant"]
             assert row["problems"] == [], row["variant"]
+
+    def test_offsets_have_64_bits(self, rows: list[Row], kernel: str, target: str) -> None:
+        for row in of(rows, kernel, target):
+            bits = row["report"]["offset_bits"]
+            narrow = {name for name, width in bits.items() if width < 64}
+            assert narrow <= SHORT_VECTORS, row["variant"]
 
 
 def test_row_kernels_are_hot_and_loop_over_global_memory(rows: list[Row]) -> None:

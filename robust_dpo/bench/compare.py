@@ -87,10 +87,33 @@ def compare(candidates: Sequence[Candidate], bench: Workbench, case: str, *, rou
     if not runs:
         return complete
     bench.announce(case, "rounds")
-    seconds = in_turns(runs, bench.stopwatch, rounds=rounds, until=bench.deadline, warmups=warmups)
-    for candidate in candidates:
-        candidate.row.seconds = seconds.get(candidate.row.name, [])
+    failures: dict[str, str] = {}
+    tolerant = {name: _tolerant(name, run, failures) for name, run in runs.items()}
+    enough = time.monotonic() + bench.patience
+    seconds = in_turns(
+        tolerant, bench.stopwatch, rounds=rounds, enough=enough, deadline=bench.deadline, warmups=warmups
+    )
+    for row in (candidate.row for candidate in candidates):
+        if row.name in failures:
+            row.failure = failures[row.name]
+            bench.log(f"{case}: {row.name} failed: {row.failure}")
+            _check_device(bench, case, row)
+        row.seconds = [] if row.failure else seconds.get(row.name, [])
     return complete
+
+
+def _tolerant(name: str, run: Run, failures: dict[str, str]) -> Run:
+    """The same run, which from its first failure on does nothing: out of memory beside the others, for instance."""
+
+    def call() -> None:
+        if name in failures:
+            return
+        try:
+            run.call()
+        except foreign_failures() as error:
+            failures[name] = first_line(error)
+
+    return Run(call, run.prepare, run.finish)
 
 
 def _open(candidate: Candidate, bench: Workbench, case: str, runs: dict[str, Run]) -> None:

@@ -116,7 +116,8 @@ def _version(library: str) -> str | None:
 
 def _driver() -> str:
     if _DRIVER.exists():
-        found = re.search(r"Kernel Module\D*([\d.]+)", _DRIVER.read_text())
+        # "… Kernel Module  550.54.15  …", or "… Open Kernel Module for x86_64  565.57.01  …"
+        found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _DRIVER.read_text())
         if found:
             return found[1]
     tool = shutil.which("nvidia-smi")

@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass
 
 from robust_dpo.bench.record import Record, Role
 from robust_dpo.bench.store import Store
-from robust_dpo.bench.tables import COLUMNS, section
+from robust_dpo.bench.tables import COLUMNS, number, section
 
 GROUPS = {
     "ceilings": "Ceilings",
@@ -64,7 +64,7 @@ def headline(records: dict[str, Record]) -> list[Line]:
         best = min(peers, key=lambda row: row.median or 0.0, default=None)
         versus = "" if best is None or best.median is None else f"{best.median / ours.median:.2f} ({best.name})"
         floor, bound = (COLUMNS[name](ours, record) for name in ("× floor", "× bound"))
-        found.append(Line(record.title, f"{1e3 * ours.median:.4g}", floor, bound, versus))
+        found.append(Line(record.title, number(1e3 * ours.median), floor, bound, versus))
     return found
 
 

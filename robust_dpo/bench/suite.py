@@ -26,6 +26,8 @@ from robust_dpo.bench.workbench import DeviceLost, Workbench
 Log = Callable[[str], None]
 # Of the time there is, so that measurements are left whatever the tests do.
 _PREFLIGHT_SHARE = {"tests": 0.3, "sanitizer": 0.15}
+# One case shall not take the time of all others, however slow one of its peers is.
+_PATIENCE_SHARE = 0.04
 _ROUNDS = {"cuda": 10, "cpu": 5}
 _QUICK_ROUNDS = 3
 
@@ -69,6 +71,7 @@ def run_suite(options: Options, log: Log, cases: Sequence[Case] | None = None) -
         device,
         implementations,
         rounds,
+        _PATIENCE_SHARE * budget.remaining,
         budget.deadline,
         log=log,
         announce=store.announce,

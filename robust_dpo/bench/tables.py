@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from robust_dpo.bench.machine import Machine
 from robust_dpo.bench.record import Record, Role, Row
@@ -17,6 +19,11 @@ def _ratio(top: float | None, bottom: float | None) -> str:
     return "" if not top or not bottom else f"{top / bottom:.2f}"
 
 
+def number(value: float) -> str:
+    """Four digits, without an exponent where there are more of them."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def _name(row: Row, record: Record) -> str:
     return row.name if row.note is None else f"{row.name} ({row.note})"
 
@@ -26,7 +33,7 @@ def _time(row: Row, record: Record) -> str:
         return f"failed: {row.failure}"
     if row.median is None:
         return ""
-    low, middle, high = (f"{1e3 * seconds:.4g}" for seconds in (min(row.seconds), row.median, max(row.seconds)))
+    low, middle, high = (number(1e3 * seconds) for seconds in (min(row.seconds), row.median, max(row.seconds)))
     return f"{middle} [{low}–{high}]"
 
 
@@ -40,8 +47,8 @@ def _rate(row: Row, record: Record) -> str:
     if rate is None:
         return ""
     if not record.counts_flops(row):
-        return f"{rate / 1e9:.4g} GB/s"
-    return f"{rate / 1e12:.4g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.4g} GFLOP/s"
+        return f"{number(rate / 1e9)} GB/s"
+    return f"{number(rate / 1e12)} TFLOP/s" if rate >= 1e12 else f"{number(rate / 1e9)} GFLOP/s"
 
 
 def _gib(count: int | None) -> str:
@@ -92,19 +99,25 @@ COLUMNS: dict[str, Cell] = {
     "gradient error": _error("gradient"),
     "h error": _error("h"),
 }
-# A terminal is narrow.
-_WIDE = ("peak, GiB", "memory, × ours", *(name for name in COLUMNS if name.endswith(" error")))
+# A terminal is narrow: the spread is what lies between the fastest and the slowest round, in parts of the median, and
+# reasons of failures stand below the table.
 TERMINAL_COLUMNS: dict[str, Cell] = {
-    **{name: cell for name, cell in COLUMNS.items() if name not in _WIDE},
-    "largest error": lambda row, record: f"{max(row.errors.values()):.1e}" if row.errors else "",
+    "implementation": lambda row, record: row.name,
+    "ms": lambda row, record: "failed" if row.failure else "" if row.median is None else number(1e3 * row.median),
+    "spread": lambda row, record: f"{(max(row.seconds) - min(row.seconds)) / row.median:.0%}" if row.median else "",
+    "× floor": _floor_ratio,
+    "rate": _rate,
+    "+ GiB": lambda row, record: "" if row.extra_bytes is None else f"{row.extra_bytes / 2**30:.3f}",
+    "× ours": COLUMNS["time, × ours"],
+    "error": lambda row, record: f"{max(row.errors.values()):.0e}" if row.errors else "",
 }
 # The first two columns stand in every table, the others where they say something.
 _ALWAYS = 2
 
 
 def ordered(record: Record) -> list[Row]:
-    """The floor, then rows from fast to slow, failed ones last; parts stay in their order."""
-    if all(row.role is Role.PART for row in record.rows):
+    """The floor, then rows from fast to slow, failed ones last; parts, and rows of a sweep, stay in their order."""
+    if all(row.role is Role.PART or row.parameters for row in record.rows):
         return record.rows
     return sorted(record.rows, key=lambda row: (row.role is not Role.FLOOR, row.median is None, row.median or 0.0))
 
@@ -120,11 +133,13 @@ def _grid(record: Record, choice: dict[str, Cell]) -> list[list[str]]:
 def rich_table(record: Record) -> Table:
     """The record for a terminal."""
     header, *body = _grid(record, TERMINAL_COLUMNS)
-    table = Table(title=record.title, title_justify="left")
+    table = Table(title=Text(record.title, style="bold"), title_justify="left", box=SIMPLE_HEAD, padding=0)
     for index, column in enumerate(header):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row, cells in zip(ordered(record), body, strict=True):
         table.add_row(*cells, style="bold green" if row.role is Role.OURS else "")
+    remarks = [f"{row.name}: {remark}" for row in record.rows if (remark := row.failure or row.note)]
+    table.caption, table.caption_justify = Text("\n".join(remarks)) if remarks else None, "left"
     return table
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+# The least that a median with a spread is made of.
+MEDIAN_OF = 3
 # More than any L2 cache (H100: 50 MB, B200: 126 MB): writing it leaves nothing of a call's inputs there.
 _FLUSH_BYTES = 256 << 20
 
@@ -26,6 +31,19 @@ class Run:
     call: Callable[[], object]
     prepare: Callable[[], object] | None = None
     finish: Callable[[], object] | None = None
+
+
+def waiting(call: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    """The same call, which returns when the device is done with it: for clocks that know nothing of devices."""
+    if device.type != "cuda":
+        return call
+
+    def run() -> T:
+        result = call()
+        torch.cuda.synchronize(device)
+        return result
+
+    return run
 
 
 class Stopwatch:
@@ -70,22 +88,33 @@ def in_turns(
     stopwatch: Stopwatch,
     *,
     rounds: int,
-    until: float,
+    enough: float = math.inf,
+    deadline: float = math.inf,
     warmups: int = 1,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, list[float]]:
     """Seconds of every run in each of up to `rounds` rounds, after untimed ones.
 
-    Each round starts one place later than the one before, so that drift and noise of the machine fall on all alike. No
-    round begins after `until` (on `clock`) except the first.
+    Each round starts one place later than the one before, so that drift and noise of the machine fall on all alike.
+
+    Args:
+        runs: by name.
+        stopwatch: of their device.
+        rounds: at most.
+        enough: on `clock`, when three rounds are enough, and no more are warmed up for.
+        deadline: on `clock`, when no round begins but the first.
+        warmups: untimed rounds.
+        clock: of the two times.
     """
     order = list(runs)
     for _ in range(warmups):
+        if clock() >= min(enough, deadline):
+            break
         for run in runs.values():
             stopwatch.seconds(run)
     seconds: dict[str, list[float]] = {name: [] for name in order}
     for turn in range(rounds):
-        if turn and clock() >= until:
+        if turn and clock() >= (deadline if turn < MEDIAN_OF else min(enough, deadline)):
             break
         first = turn % len(order) if order else 0
         for name in order[first:] + order[:first]:

@@ -37,6 +37,7 @@ class Workbench:
         device: where to measure.
         implementations: of the head, those that can be imported and were asked for.
         rounds: of every comparison, if there is time.
+        patience: seconds of a comparison after which three rounds are enough.
         deadline: on time.monotonic(), when measuring must stop.
         seed: of all data.
         log: prints a line.
@@ -47,6 +48,7 @@ class Workbench:
     device: torch.device
     implementations: Sequence[Implementation]
     rounds: int = 10
+    patience: float = float("inf")
     deadline: float = float("inf")
     seed: int = 0
     log: Callable[[str], None] = lambda line: None

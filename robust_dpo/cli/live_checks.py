@@ -14,12 +14,21 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from robust_dpo import linear_preference_loss, losses, reference
-from robust_dpo.dispatch import ROW_LOGPROB, choose_backend, get_group_epilogue, get_row_logprob, has_fused_head
+from robust_dpo.calibration.density_ratio import Form, density_ratio
+from robust_dpo.dispatch import (
+    ROW_LOGPROB,
+    choose_backend,
+    get_calibration_weights,
+    get_group_epilogue,
+    get_row_logprob,
+    has_fused_head,
+)
 from robust_dpo.groups import GroupLayout
 from robust_dpo.kernels.group_epilogue import EpilogueVectors, NativeLoss
 from robust_dpo.robust import KLRobust
@@ -188,6 +197,20 @@ def _check_group_epilogue(name: str, device: torch.device) -> float | None:
     return max(_error(getattr(vectors, field), value) for field, value in exact.items())
 
 
+def _check_calibration_weights(name: str, device: torch.device) -> float | None:
+    try:
+        get_calibration_weights(name, device, torch.float32)
+    except RuntimeError:  # the backend has none
+        return None
+    probs = torch.linspace(0.02, 0.98, 8)
+    errors = []
+    for form in get_args(Form):
+        # Two responses per group: the authors' shares for them are one half each.
+        found = density_ratio(probs.to(device), form, group_size=2 if form == "official" else None, backend=name)
+        errors.append(_error(found, reference.calibration_weights(probs.double(), form)))
+    return max(errors)
+
+
 def _check_head(name: str, device: torch.device) -> float:
     hidden, weight = _random(sum(_LENGTHS), _HIDDEN, seed=3), _random(_VOCAB, _HIDDEN, seed=4)
     targets, lengths = _targets(sum(_LENGTHS)), torch.tensor(_LENGTHS)
@@ -221,5 +244,6 @@ HEAD = "LM head + loss"
 CHECKS: dict[str, Callable[[str, torch.device], float | None]] = {
     "row_logprob": _check_row_logprob,
     "group_epilogue": _check_group_epilogue,
+    "calibration_weights": _check_calibration_weights,
     HEAD: _check_head,
 }

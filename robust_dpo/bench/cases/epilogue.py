@@ -53,14 +53,19 @@ class EpilogueCase(Case):
     def cost(self) -> float:
         return self.traffic
 
-    def measure(self, bench: Workbench) -> Record:
+    def candidates(self, bench: Workbench) -> list[Candidate]:
+        """Plain PyTorch, and every backend that has it as a kernel."""
         vectors = self._vectors(bench)
         exact = self._plain(vectors, torch.float64)
-        candidates = [self._plain_candidate(vectors, exact)]
+        found = [self._plain_candidate(vectors, exact)]
         # The backend follows from the dtype of the tile, which for these vectors is the usual one.
         for name in backends_for(ROW_LOGPROB, bench.device, torch.bfloat16):
             if get_group_epilogue(name, bench.device, torch.bfloat16, losses.resolve("sigmoid", self.beta, {}), 2):
-                candidates.append(self._candidate(name, vectors, exact, bench))
+                found.append(self._candidate(name, vectors, exact, bench))
+        return found
+
+    def measure(self, bench: Workbench) -> Record:
+        candidates = self.candidates(bench)
         complete = compare(candidates, bench, self.name, rounds=5 * bench.rounds, warmups=3)
         title = f"group_epilogue, {self.groups} pairs of {self.tokens} tokens, live reference, KL-robust DPO"
         return Record(
@@ -112,7 +117,8 @@ class EpilogueCase(Case):
         (derivative,) = torch.autograd.grad(per_group.sum(), logps)
         scores = vectors.calibration * per_group.detach()
         weights = (scores - scores.max()).exp() * vectors.calibration
-        return (-weights[:, None] * derivative).flatten().repeat_interleave(self.tokens // 2)
+        found: Tensor = (-weights[:, None] * derivative).flatten()
+        return found.repeat_interleave(self.tokens // 2)
 
     def _plain_candidate(self, vectors: EpilogueVectors, exact: Tensor) -> Candidate:
         call = partial(self._plain, vectors)
