@@ -23,7 +23,6 @@ constexpr int kLoadsInFlight = 4;
 // e^d is 0 in fp32 long before; keeps 0·d finite.
 constexpr float kFaint = -200.0f;
 
-// One load.
 struct alignas(kVectorBytes) Partial {
     ExpSums<float> sums;
     float target_logit;  // where the row is overwritten, the second launch has it from here
@@ -145,8 +144,12 @@ __device__ __forceinline__ ExpSums<float> merge_lanes(ExpSums<float> sums) {
     return sums;
 }
 
-// Of all threads of the block. Every warp merges the same numbers in the same order; all threads take what the first lane
-// has, because a fused multiply-add rounds a + b otherwise than b + a.
+// What the first lane has: a fused multiply-add rounds a + b otherwise than b + a, so lanes differ in the last bit.
+__device__ __forceinline__ ExpSums<float> first_lane(const ExpSums<float>& sums) {
+    return {shuffle_first(sums.shift), shuffle_first(sums.sum), shuffle_first(sums.moment)};
+}
+
+// Of all threads of the block. Every warp merges the same numbers in the same order, so all have the same bits.
 __device__ __forceinline__ ExpSums<float> merge_block(ExpSums<float> sums, RowShared& shared) {
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
     sums = merge_lanes(sums);
@@ -154,8 +157,16 @@ __device__ __forceinline__ ExpSums<float> merge_block(ExpSums<float> sums, RowSh
     __syncthreads();
     ExpSums<float> mine;
     if (lane < static_cast<int>(blockDim.x) / kWarp) mine = shared.of_warp[lane];
-    mine = merge_lanes(mine);
-    return {shuffle_first(mine.shift), shuffle_first(mine.sum), shuffle_first(mine.moment)};
+    return first_lane(merge_lanes(mine));
+}
+
+// Of all segments, 64 at most, by every warp for itself.
+__device__ __forceinline__ ExpSums<float> merge_partials(const Partial* of_row, int segments) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    ExpSums<float> sums;
+    if (lane < segments) sums = of_row[lane].sums;
+    if (lane + kWarp < segments) sums.merge(of_row[lane + kWarp].sums);
+    return first_lane(merge_lanes(sums));
 }
 
 // What a row's gradient needs.
@@ -171,7 +182,7 @@ __device__ __forceinline__ float gradient_of(float z, int column, int target, co
 }
 
 template <class Out, class Tile, bool kTransformed>
-__device__ __forceinline__ void write_vector(Out* out, bool wide, const Vector16& raw, int column, int target,
+__device__ __forceinline__ void write_vector(Out* out, bool wide, const Vector16 raw, int column, int target,
                                              const Gradient& g, const Logits<Tile, kTransformed>& logits) {
     constexpr int kCount = Elements<Tile>::kCount;
     float z[kCount], y[kCount];
@@ -209,8 +220,10 @@ __device__ __forceinline__ void write_gradient(Out* out, const Vector16* body, c
     const int start = static_cast<int>(threadIdx.x);
     if (kept != nullptr) {
 #pragma unroll 2
-        for (int i = start; i < count; i += step)
-            write_vector(out, wide, kept[i], span.head + (span.first + i) * kCount, span.target, g, logits);
+        for (int i = start; i < count; i += step) {
+            const Vector16 raw = kept[i];
+            write_vector(out, wide, raw, span.head + (span.first + i) * kCount, span.target, g, logits);
+        }
     } else if (sizeof(Out) < sizeof(Tile)) {
         for (int block = 0; block < count; block += step) {
             const int i = block + start;
@@ -222,8 +235,10 @@ __device__ __forceinline__ void write_gradient(Out* out, const Vector16* body, c
         __syncthreads();  // the edge may lie over vectors that another warp has yet to load
     } else {
 #pragma unroll 2
-        for (int i = count - 1 - start; i >= 0; i -= step)
-            write_vector(out, wide, body[span.first + i], span.head + (span.first + i) * kCount, span.target, g, logits);
+        for (int i = count - 1 - start; i >= 0; i -= step) {
+            const Vector16 raw = body[span.first + i];
+            write_vector(out, wide, raw, span.head + (span.first + i) * kCount, span.target, g, logits);
+        }
     }
     if (edge >= 0) Elements<Out>::store(out + edge, gradient_of(edge_z, edge, span.target, g, logits));
 }
@@ -261,11 +276,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     ExpSums<float> others;
     float target_logit = NAN;
     if (phase == RowPhase::kFinish) {
-        for (int s = 0; s < segments; ++s) {
-            const Partial partial = of_row[s];
-            others.merge(partial.sums);
-            target_logit = partial.target_logit;
-        }
+        others = merge_partials(of_row, segments);
+        target_logit = of_row->target_logit;
     } else {
         if (inside) target_logit = logits.of(Elements<Tile>::load(tile + span.target), span.target).value;
         others = merge_block(own_sums<kEntropy>(body, span, edge, edge_z, logits, kept), shared);
