@@ -17,8 +17,8 @@ from pathlib import Path
 
 # What one request of a thread can move at most on sm_80 and sm_90; narrower ones need more instructions for the bytes.
 FULL_WIDTH = 16
-# Kernels that move most of the bytes must not spill, and their loops must load FULL_WIDTH bytes at a time. With a bias or
-# a softcap (the second template argument) the row kernel also loads the bias, which begins anywhere.
+# Kernels that move most of the bytes must not spill, and their loops must load FULL_WIDTH bytes at a time. With a bias
+# or a softcap (the second template argument) the row kernel also loads the bias, which begins anywhere.
 HOT = re.compile(r"row_logprob_kernel<[^,]+, (?:\(bool\)0|false), |rescale_kernel<")
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)

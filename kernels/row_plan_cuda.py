@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,17 +59,18 @@ class RowPlan:
 def plan_rows(rows: int, vocab: int, itemsize: int, *, gradient: bool, narrowed: bool, chip: Chip) -> RowPlan:
     """What suits a tile [rows, vocab] with elements of `itemsize` bytes.
 
-    With a gradient, a row is kept on the chip where it fits, because then memory is read once: by one block, or on sm_90
-    and later by a cluster of 2, 4 or 8 (powers of two pack into the 16 or 18 multiprocessors of a GPC). A row of 128,256
-    bf16 logits takes 4 blocks with 64 KB each. On other chips longer rows are read again, hopefully from L2. Fewer rows
-    than two for every multiprocessor are cut further.
+    With a gradient, a row is kept on the chip where it fits, because then memory is read once: by one block, or on
+    sm_90 and later by a cluster of 2, 4 or 8 (powers of two pack into the 16 or 18 multiprocessors of a GPC). A row of
+    128,256 bf16 logits takes 4 blocks with 64 KB each. On other chips longer rows are read again, from L2 where it
+    holds them. Fewer rows than two for every multiprocessor are cut further.
 
     Args:
         rows: of the tile.
         vocab: of the tile.
         itemsize: of the tile.
         gradient: whether one is written.
-        narrowed: whether it may lie over the front of the tile's rows: then no block may write what another still reads.
+        narrowed: whether it may lie over the front of the tile's rows: then no block may write what another still
+            reads.
         chip: that runs it.
     """
     row_bytes = vocab * itemsize
@@ -85,7 +87,8 @@ def plan_rows(rows: int, vocab: int, itemsize: int, *, gradient: bool, narrowed:
         while segments < MAX_CLUSTER and 2 * segments <= min(wanted, worthwhile):
             segments *= 2
     elif not chip.clusters and not narrowed and min(wanted, worthwhile) > 1:
-        return RowPlan(_threads(row_bytes, min(wanted, worthwhile, MAX_SEGMENTS)), min(wanted, worthwhile, MAX_SEGMENTS))
+        segments = min(wanted, worthwhile, MAX_SEGMENTS)
+        return RowPlan(_threads(row_bytes, segments), segments)
     return RowPlan(_threads(row_bytes, segments), segments, cluster=segments > 1, keep=keep)
 
 
@@ -103,7 +106,7 @@ def chip_of(device: torch.device) -> Chip:
     """The GPU of that index; a small one without clusters where the extension is compiled for the CPU."""
     if device.type != "cuda":
         return Chip(multiprocessors=1, shared_bytes=64 << 10, shared_bytes_of_block=48 << 10, clusters=False)
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # the stub of its class has not all of them
     return Chip(
         properties.multi_processor_count,
         properties.shared_memory_per_multiprocessor,

@@ -49,18 +49,26 @@ def build() -> Path:
     pybind11 = pytest.importorskip("pybind11")
     cxx = compiler()
     contents = [path.read_bytes() for path in sorted((ROOT / "csrc").iterdir()) if path.is_file()]
-    contents += [(ROOT / "tests/cuda_emulation.h").read_bytes(), sys.version.encode(), cxx.encode(), *map(str.encode, FLAGS)]
+    contents += [
+        (ROOT / "tests/cuda_emulation.h").read_bytes(),
+        sys.version.encode(),
+        cxx.encode(),
+        *map(str.encode, FLAGS),
+    ]
     digest = hashlib.sha256(b"\0".join(contents)).hexdigest()[:20]
     folder = Path(tempfile.gettempdir(), f"robust_dpo_cuda_emulated_{os.getuid()}")
     target = folder / f"_cuda_{digest}.so"
     if target.exists():
         return target
     folder.mkdir(mode=0o700, exist_ok=True)
-    include = [f"-I{path}" for path in (ROOT / "csrc", ROOT / "tests", pybind11.get_include(), sysconfig.get_path("include"))]
+    include = [
+        f"-I{path}" for path in (ROOT / "csrc", ROOT / "tests", pybind11.get_include(), sysconfig.get_path("include"))
+    ]
     with tempfile.TemporaryDirectory(dir=folder) as objects:
+
         def compile_one(source: Path) -> str:
             output = f"{objects}/{source.name}.o"
-            command = [cxx, *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", output]
+            command = [cxx, *FLAGS, *(f"-I{path}" for path in include), "-x", "c++", "-c", str(source), "-o", output]
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
             return output
 
@@ -77,7 +85,7 @@ def build() -> Path:
 
 @functools.cache
 def launcher_module(operator: str) -> ModuleType:
-    """kernels/<operator>_cuda.py, launching kernels on the CPU; the one of this name that others import stays as it is."""
+    """kernels/<operator>_cuda.py, launching kernels on the CPU; who imports that name gets the real one still."""
     with _emulated_extension():
         return importlib.import_module(f"robust_dpo.kernels.{operator}_cuda")
 

@@ -19,7 +19,7 @@ CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 @pytest.fixture(scope="module")
 def extension() -> Path:
-    """The CUDA extension. Where a toolkit is found it must have been built, unless the build was told to leave it out."""
+    """The CUDA extension; where a toolkit is found it must have been built, unless the build was to leave it out."""
     spec = importlib.util.find_spec("robust_dpo._cuda")
     if spec is None:
         why = json.loads(BUILD_REPORT.read_text(encoding="utf-8"))["cuda"] if BUILD_REPORT.exists() else "never built"
@@ -40,7 +40,9 @@ def reports(extension: Path) -> list[KernelReport]:
 def nvcc() -> Path | None:
     """The compiler that setup.py finds."""
     finds = "import setup; print(setup.find_toolkit().nvcc)"
-    done = subprocess.run([sys.executable, "-c", finds, "--version"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", finds, "--version"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return Path(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
 
 

@@ -141,7 +141,10 @@ def test_padded_rows_are_read_and_written_only_inside(launcher: RowLogprobLaunch
     result = run(launcher, padded, grad)
     # Where sums are cut follows the alignment on a GPU.
     torch.testing.assert_close(result.logp, expected.logp, rtol=1e-6, atol=0)
-    rounding = {"rtol": max(3e-6, torch.finfo(dtype).eps), "atol": torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps}
+    rounding = {
+        "rtol": max(3e-6, torch.finfo(dtype).eps),
+        "atol": torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps,
+    }
     torch.testing.assert_close(grad, expected_grad, **rounding)
     assert (out[:, :3] == 123).all()
     assert (out[:, 3 + 1003 :] == 123).all()
