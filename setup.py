@@ -179,6 +179,8 @@ class BuildNative(build_ext):
         if self.editable_mode or self.inplace:
             folders.append(Path("robust_dpo"))
         try:
+            if any(ext.name == CUDA_EXTENSION and not ext.optional for ext in self.extensions):
+                find_toolkit()  # fails before the minutes that the CPU extension takes
             super().run()
         finally:
             for folder in folders:

@@ -163,6 +163,19 @@ def test_impossible_modes_fail_loudly(source: Path, mode: str, message: str) -> 
     assert message in done.stderr
 
 
+def test_cuda_without_a_toolkit_fails_at_once(source: Path) -> None:
+    done = python("setup.py", "build_ext", cwd=source, ROBUST_DPO_BUILD="cuda", CUDA_HOME="/nowhere")
+    assert done.returncode != 0
+    assert "CUDA_HOME=/nowhere holds no nvcc, cuda_runtime.h and libcudart_static.a" in done.stderr
+
+
+@pytest.mark.parametrize("archs", ["70", "sm_9x", "90;;", "native"])
+def test_wrong_chips_fail_at_once(source: Path, archs: str) -> None:
+    done = python("setup.py", "--version", cwd=source, ROBUST_DPO_CUDA_ARCHS=archs)
+    assert done.returncode != 0
+    assert 'ROBUST_DPO_CUDA_ARCHS: expected numbers from 80 on, such as "80;90", got' in done.stderr
+
+
 def test_none_builds_a_pure_package(source: Path, tmp_path: Path) -> None:
     succeed(build_wheel(source, tmp_path, ROBUST_DPO_BUILD="none"))
     (wheel,) = tmp_path.glob("*.whl")
@@ -171,12 +184,13 @@ def test_none_builds_a_pure_package(source: Path, tmp_path: Path) -> None:
 
 
 def test_auto_goes_on_without_a_compiler_and_says_so(source: Path, tmp_path: Path) -> None:
-    done = build_wheel(source, tmp_path, CC="false", CXX="false")
+    done = build_wheel(source, tmp_path, CC="false", CXX="false", CUDA_HOME="/nowhere")
     succeed(done)
     (wheel,) = tmp_path.glob("*.whl")
     installed = unpack(wheel, tmp_path / "installed")
     report = json.loads((installed / "robust_dpo" / "_build.json").read_text(encoding="utf-8"))
     assert report["cpu"].startswith("could not be compiled: ")
+    assert report["cuda"].startswith("could not be compiled: CUDA_HOME=/nowhere holds no nvcc")
     check_without_extension(installed, "could not be compiled")
 
 
