@@ -65,27 +65,19 @@ __device__ __forceinline__ T shuffle_first(T value) {
     return __shfl_sync(0xffffffffu, value, 0);
 }
 
-// Blocks that see each other's shared memory exist from sm_90 on; elsewhere a cluster is one block.
-__device__ __forceinline__ int cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return static_cast<int>(rank);
-#else
-    return 0;
-#endif
-}
+// Blocks that see each other's shared memory exist from sm_90 on; elsewhere a cluster is one block. The barrier is not the
+// `.aligned` one: threads of a warp may come out of their loops apart.
 
 // Announces that this block has written (release); `cluster_wait` returns when all have (acquire).
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
