@@ -79,6 +79,8 @@ def check_arguments(
     softcap: float | None,
     grad_out: Tensor | None,
     row_scale: Tensor | None,
+    entropy: bool,
+    known: RowLogprob | None,
 ) -> None:
     """Refuse what no launcher can run; see `RowLogprobLauncher`."""
     if logits.dtype not in TILE_DTYPES:
@@ -98,6 +100,19 @@ def check_arguments(
         _check_vector("row_scale", row_scale, rows, logits.device)
     if grad_out is not None:
         _check_gradient(grad_out, logits)
+    if known is not None:
+        _check_known(known, logits, grad_out, entropy)
+
+
+def _check_known(known: RowLogprob, logits: Tensor, grad_out: Tensor | None, entropy: bool) -> None:
+    if grad_out is None:
+        raise argument_error("grad_out", "a tensor to fill, as the results are known", None)
+    if entropy:
+        raise argument_error("entropy", "False, as the results are known", entropy)
+    for name, vector in (("known.logp", known.logp), ("known.lse", known.lse)):
+        _check_vector(name, vector, len(logits), logits.device)
+        if vector.dtype != accumulation_dtype(logits):
+            raise argument_error(name, f"dtype {accumulation_dtype(logits)}", vector.dtype)
 
 
 def _check_vector(name: str, vector: Tensor, size: int, device: torch.device) -> None:

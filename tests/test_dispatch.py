@@ -74,7 +74,7 @@ def test_auto_prefers_the_native_kernel_on_cpu_and_plain_torch_elsewhere() -> No
 
 
 def test_later_backends_say_that_they_are_missing() -> None:
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run row_logprob .*not part of this release"):
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run row_logprob .*not part of this release"):
         get_row_logprob("cuda", "cpu", torch.float32)
 
 

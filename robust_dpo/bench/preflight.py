@@ -101,12 +101,12 @@ def run_tests(root: Path, timeout: float, *, marker: str = "gpu and not slow") -
         return Outcome("failed", "no test is marked gpu", output)
     if counts is None and code is not None:
         return Outcome("failed", f"pytest ended with exit code {code} before any test", output)
-    found = [] if counts is None else [", ".join(f"{count} {what}" for what, count in counts.items())]
+    found = ", ".join(f"{count} {what}" for what, count in (counts or {}).items())
     if code is None:
-        detail = ", ".join([f"not finished after {timeout:.0f} seconds", *found])
+        detail = f"not finished after {timeout:.0f} seconds" + (f", {found}" if found else "")
         broken = counts is not None and counts["failed"] + counts["errors"] > 0
         return Outcome("failed" if broken else "not finished", detail, output)
-    return Outcome("passed" if code == 0 else "failed", *found, "" if code == 0 else output)
+    return Outcome("passed" if code == 0 else "failed", found, "" if code == 0 else output)
 
 
 def _counts(report: Path) -> dict[str, int] | None:
