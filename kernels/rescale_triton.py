@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robust_dpo.errors import argument_error
+from robust_dpo.kernels.gpu import gpu_of
 from robust_dpo.kernels.triton_aot import Variant
 
 DTYPES = (torch.float32, torch.float64)
@@ -55,13 +56,8 @@ def rescale(total: Tensor, factor: Tensor) -> None:
         return
     block = BLOCK_BYTES // total.element_size()
     with torch.cuda.device(total.device) if total.is_cuda else nullcontext():
-        programs = min(triton.cdiv(count, block), PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(total.device))
+        programs = min(triton.cdiv(count, block), PROGRAMS_PER_MULTIPROCESSOR * gpu_of(total.device).multiprocessors)
         rescale_kernel[(programs,)](total, factor, count, BLOCK=block, num_warps=NUM_WARPS, enable_fp_fusion=True)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    """Of the GPU; 1 where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def aot_variants() -> list[Variant]:

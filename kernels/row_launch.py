@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from robust_dpo.kernels.gpu import gpu_of
 from robust_dpo.kernels.triton_aot import MAX_THREADS, Variant
 
 # Of one load instruction; the widest on sm_80 and sm_90.
@@ -20,11 +21,15 @@ LOAD_BYTES = 16
 ELEMENTS_PER_THREAD = 16
 # Bias and softcap need registers of their own: with 64, 16 elements would spill (sm_90).
 CROWDED_ELEMENTS_PER_THREAD = 8
-# With up to 64 registers per thread the 65,536 of a multiprocessor hold that many threads.
-THREADS_PER_MULTIPROCESSOR = 1024
+# Programs that a multiprocessor has at a time, by their threads: what 2,048 threads and 65,536 registers allow (32, 40
+# and 54 for each thread in bf16; more in fp32, so fewer programs).
+RESIDENT_PROGRAMS = {256: 8, 512: 3, 1024: 1}
+THREADS = tuple(RESIDENT_PROGRAMS)
 # The caches have 40 MB (A100) and 50 MB (H100, H200); the rest is for the rows just done and those about to begin.
 CACHE_BYTES = 32 << 20
 SPLIT_THREADS = 256
+# That share the rows of a multiprocessor where rows are split.
+SPLIT_PROGRAMS = 4
 # Two steps of the loop in bf16, one in fp32: shorter segments would leave threads idle.
 SEGMENT_BYTES = 16 << 10
 MAX_SEGMENTS = 64
@@ -35,35 +40,42 @@ TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 @dataclass(frozen=True)
 class LaunchShape:
     """Args:
-    threads: of a program, a power of two from 128 to 1,024.
+    threads: of a program, one of `THREADS`.
     segments: programs that share a row, at most 64.
+    programs: of 1,024 threads, that go over the rows, one row after the other; None: one for every row.
     """
 
     threads: int
     segments: int = 1
+    programs: int | None = None
 
 
-def launch_shape(rows: int, vocab: int, itemsize: int, multiprocessors: int) -> LaunchShape:
+def launch_shape(rows: int, vocab: int, itemsize: int, multiprocessors: int, *, read_twice: bool) -> LaunchShape:
     """What suits a tile [rows, vocab] with elements of `itemsize` bytes.
 
-    Fewer rows than two per multiprocessor, and long ones, are split, so that every multiprocessor has work. Otherwise a
-    program takes a row, with the fewest threads (several rows per multiprocessor hide each other's beginnings and
-    ends) that keep the rows in flight within the cache, because each is read twice: bf16 rows of up to 31,775 logits
-    take 256 threads on 132 multiprocessors, up to 63,550 take 512, longer ones 1,024.
+    Few rows are split, so that every multiprocessor has work: fewer than two per multiprocessor, or, where the tile
+    does not fit into the cache but is read twice, fewer than half a one (splitting reads the whole tile before any of
+    it again). Otherwise a program takes a row, with the fewest threads (several rows per multiprocessor hide each
+    other's beginnings and ends) that keep the rows in flight within the cache.
+
+    Where one row for each multiprocessor is more than the cache holds, fewer programs go over the rows that are read
+    twice: 64 of them with 256,000 logits in bf16, which keep 64 · 1,024 · 32 bytes = 2.1 MB under way. All take the
+    same number of rows, but for the last turn.
     """
     row_bytes = vocab * itemsize
-    if 0 < rows < 2 * multiprocessors:
-        wanted = -(-multiprocessors * THREADS_PER_MULTIPROCESSOR // (SPLIT_THREADS * rows))
+    fits = not read_twice or rows * row_bytes <= CACHE_BYTES
+    if 0 < rows < (2 * multiprocessors if fits else multiprocessors // 2):
+        wanted = triton.cdiv(multiprocessors * SPLIT_PROGRAMS, rows)
         segments = min(wanted, row_bytes // SEGMENT_BYTES, MAX_SEGMENTS)
         if segments > 1:
             return LaunchShape(SPLIT_THREADS, segments)
-    threads = 128
-    while threads < THREADS_PER_MULTIPROCESSOR:
-        in_flight = min(rows, multiprocessors * (THREADS_PER_MULTIPROCESSOR // threads))
-        if in_flight * row_bytes <= CACHE_BYTES:
-            break
-        threads *= 2
-    return LaunchShape(threads)
+    held = max(1, CACHE_BYTES // row_bytes)
+    resident = {threads: multiprocessors * programs for threads, programs in RESIDENT_PROGRAMS.items()}
+    threads = next((each for each in THREADS if min(rows, resident[each]) <= held), THREADS[-1])
+    if not read_twice or min(rows, resident[threads]) <= held:
+        return LaunchShape(threads)
+    turns = triton.cdiv(rows, held)
+    return LaunchShape(threads, programs=triton.cdiv(rows, turns))
 
 
 @dataclass(frozen=True)
@@ -73,8 +85,7 @@ class RowForm:
     Args:
         tile: dtype of the logits.
         grad: dtype of the gradient, or None.
-        aligned: rows of the tile (and of the gradient) begin at multiples of 16 bytes, and so does the bias; whole
-            vectors of 16 bytes make up a row.
+        aligned: rows of the tile (and of the gradient) begin at multiples of 16 bytes and are whole such vectors.
         wide_store: the gradient is a multiple of 16 bytes away from its element of the tile, or `aligned`.
         transformed: there is a bias or a softcap.
         entropy: it is computed.
@@ -99,19 +110,31 @@ class RowForm:
 
     def lanes(self, threads: int) -> int:
         """Vectors of 16 bytes that a program of that many threads takes in one step of its loop."""
-        crowded = self.transformed and threads == THREADS_PER_MULTIPROCESSOR
+        crowded = (self.transformed or self.is_narrowed) and threads == THREADS[-1]
         return threads * (CROWDED_ELEMENTS_PER_THREAD if crowded else ELEMENTS_PER_THREAD) // self.vector
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether elements of the gradient are shorter than those of the tile."""
+        return self.grad is not None and self.grad.itemsize < self.tile.itemsize
+
+    @property
+    def eviction(self) -> str:
+        """What becomes of a row in the cache after its first touch."""
+        return "evict_first" if self.grad is None else "evict_last"
 
     def constants(self, threads: int) -> dict[str, object]:
         """The constexpr parameters of all row kernels, by name, for programs of that many threads."""
         return {
             "VECTOR": self.vector,
             "LANES": self.lanes(threads),
+            "TAKES_TURNS": threads == THREADS[-1],
             "SEGMENTS": MAX_SEGMENTS,
             "ALIGNED": self.aligned,
             "WIDE_STORE": self.wide_store,
             "TRANSFORMED": self.transformed,
             "ENTROPY": self.entropy,
+            "EVICTION": self.eviction,
         }
 
     def __str__(self) -> str:
@@ -122,20 +145,35 @@ class RowForm:
         return ", ".join([*parts, *(name for name, is_on in flags.items() if is_on)])
 
 
-def form_of(logits: Tensor, grad_out: Tensor | None, bias: Tensor | None, capped: bool, entropy: bool) -> RowForm:
-    """The form of a call; `grad_out` as in `RowLogprobLauncher`, `bias` contiguous."""
+def form_of(logits: Tensor, grad_out: Tensor | None, transformed: bool, entropy: bool) -> RowForm:
+    """The form of a call; `grad_out` as in `RowLogprobLauncher`, `transformed`: there is a bias or a softcap."""
     aligned = _rows_aligned(logits) and logits.shape[1] * logits.itemsize % LOAD_BYTES == 0
-    aligned = aligned and (bias is None or bias.data_ptr() % LOAD_BYTES == 0)
-    transformed = bias is not None or capped
     if grad_out is None:
         return RowForm(logits.dtype, None, aligned, False, transformed, entropy)
-    aligned = aligned and _rows_aligned(grad_out) and _has_aligned_form(logits.dtype, grad_out.dtype)
+    aligned = aligned and _rows_aligned(grad_out)
     wide_store = aligned or (grad_out.dtype == logits.dtype and _same_phase(logits, grad_out))
     return RowForm(logits.dtype, grad_out.dtype, aligned, wide_store, transformed, entropy)
 
 
-def _has_aligned_form(tile: torch.dtype, grad: torch.dtype) -> bool:
-    # A 16-bit tile with a gradient of another dtype is nobody's hot path: one form less to compile.
+def aligned_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias as kernels want it: fp32, contiguous, from a multiple of 16 bytes on, so that there is one form of it."""
+    if bias is None:
+        return None
+    bias = bias.detach().to(torch.float32).contiguous()
+    return bias if bias.data_ptr() % LOAD_BYTES == 0 else bias.clone()
+
+
+def segments_of(vocab: int, wanted: int, form: RowForm, threads: int) -> tuple[int, int]:
+    """Into how many segments a row is cut, `wanted` at most, and how many vectors each has: whole steps of the loop, so
+    that only the last segment has an incomplete one.
+    """
+    vectors, lanes = triton.cdiv(vocab, form.vector), form.lanes(threads)
+    segment_vecs = triton.cdiv(triton.cdiv(vectors, lanes), wanted) * lanes
+    return triton.cdiv(vectors, segment_vecs), segment_vecs
+
+
+def has_form(tile: torch.dtype, grad: torch.dtype) -> bool:
+    """Whether a gradient of this dtype is compiled for such tiles: of others nobody's hot path is made."""
     return grad == tile or tile == torch.float32
 
 
@@ -155,7 +193,7 @@ def all_forms() -> Iterator[RowForm]:
     for tile, transformed, entropy, aligned in itertools.product(TYPE_NAMES, flags, flags, flags):
         yield RowForm(tile, None, aligned, False, transformed, entropy)
         for grad in TYPE_NAMES:
-            if not aligned or _has_aligned_form(tile, grad):
+            if has_form(tile, grad):
                 yield RowForm(tile, grad, aligned, aligned, transformed, entropy)
         if not aligned:
             yield RowForm(tile, tile, False, True, transformed, entropy)
@@ -167,7 +205,7 @@ def argument_types(form: RowForm) -> dict[str, str]:
     pointers |= {"p_logits": f"*{TYPE_NAMES[form.tile]}", "p_targets": "*i64"}
     if form.grad is not None:
         pointers["p_grad"] = f"*{TYPE_NAMES[form.grad]}"
-    counts = ("vocab", "segments", "segment_vecs", "has_bias", "has_row_scale", "has_entropy")
+    counts = ("rows", "vocab", "segments", "segment_vecs", "has_bias", "has_row_scale", "has_entropy")
     return (
         pointers
         | dict.fromkeys(("stride", "grad_stride"), "i64")
@@ -176,28 +214,35 @@ def argument_types(form: RowForm) -> dict[str, str]:
     )
 
 
+# Rows, targets and results begin anywhere, and numbers differ from call to call: to compile for some of them would stop
+# a training in the middle. What is aligned, the form says; a bias always is (`aligned_bias`).
+RUNTIME_NUMBERS = (
+    *("stride", "grad_stride", "rows", "vocab", "segments", "segment_vecs", "logit_scale", "softcap"),
+    *("has_bias", "has_row_scale", "has_entropy"),
+)
+RUNTIME_POINTERS = ("p_logits", "p_targets", "p_row_scale", "p_partials", "p_logp", "p_lse", "p_entropy", "p_grad")
+row_jit = triton.jit(do_not_specialize=[*RUNTIME_NUMBERS], do_not_specialize_on_alignment=[*RUNTIME_POINTERS])
+
+
 def variant(label: str, kernel: Any, form: RowForm, threads: int) -> Variant:
     """The kernel in one form, as `launch` runs it."""
     types = {name: value for name, value in argument_types(form).items() if name in kernel.arg_names}
     constants = {name: value for name, value in form.constants(threads).items() if name in kernel.arg_names}
     if "p_grad" in kernel.arg_names and form.grad is None:
         constants["p_grad"] = None
-    pointers = frozenset(name for name in types if name.startswith("p_"))
-    # A bias is fp32 and its rows begin where no row of the tile does: not 16 bytes at a time unless all is aligned.
-    hot = form.aligned or not form.transformed
+    # A bias is fp32 and its rows begin where no row of the tile does: not 16 bytes at a time unless all is aligned. And
+    # the entropy together with a gradient is what no operator asks for.
+    hot = (form.aligned or not form.transformed) and not (form.entropy and form.grad is not None)
     name = f"{label} {form}, {threads} threads"
-    return Variant(name, kernel, types, constants, pointers, {"num_warps": threads // 32}, hot)
+    return Variant(name, kernel, types, constants, frozenset({"p_bias"}), {"num_warps": threads // 32}, hot)
 
 
-def launch(kernel: Any, programs: int, form: RowForm, threads: int, values: Mapping[str, object]) -> None:
+def launch(
+    kernel: Any, programs: int, form: RowForm, threads: int, device: torch.device, values: Mapping[str, object]
+) -> None:
     """Run `programs` programs of a row kernel, with those of `values` (by parameter) that it has."""
     constants = form.constants(threads)
     arguments = {name: value for name, value in {**values, **constants}.items() if name in kernel.arg_names}
+    warps = min(threads // 32, MAX_THREADS // gpu_of(device).warp_size)
     # Fused multiply-add is the default; newer versions warn where it is not asked for.
-    kernel[(programs,)](**arguments, num_warps=min(threads // 32, MAX_THREADS // warp_size()), enable_fp_fusion=True)
-
-
-@functools.cache
-def warp_size() -> int:
-    """Threads that run in step: 64 on AMD's data centre GPUs, else 32."""
-    return torch.cuda.get_device_properties(0).warp_size if torch.version.hip is not None else 32
+    kernel[(programs,)](**arguments, num_warps=warps, enable_fp_fusion=True)

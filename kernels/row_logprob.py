@@ -9,6 +9,8 @@ from torch import Tensor
 
 from robust_dpo.errors import argument_error
 
+# The target of a row that belongs to nobody, as in PyTorch's cross-entropy.
+IGNORE_INDEX = -100
 TILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -34,7 +36,9 @@ class RowLogprobLauncher(Protocol):
 
     Args:
         logits: [n, V] z, fp32, bf16, fp16 or float64; unit column stride.
-        targets: [n] int64 in [0, V); the caller checks the range.
+        targets: [n] int64 in [0, V), or `IGNORE_INDEX`: such a row need not be read; its results are 0, its gradient is
+            0. On the CPU the caller checks that there are no others; elsewhere, where that would need a read, any other
+            gives logp NaN and a gradient without onehot, and nothing is accessed out of bounds.
         bias: [V], added to z.
         softcap: > 0.
         logit_scale: factor of z + bias.
@@ -42,6 +46,7 @@ class RowLogprobLauncher(Protocol):
             or rows that begin where those of `logits` begin, in a dtype that is no wider; else it must not overlap.
         row_scale: [n] factor of each row of the gradient, default 1.
         entropy: whether to compute it.
+        known: what an earlier call gave for the same rows, so that only the gradient is left to do; not with `entropy`.
 
     Raises:
         ValueError: a shape, dtype, device or layout is wrong.
@@ -58,6 +63,7 @@ class RowLogprobLauncher(Protocol):
         grad_out: Tensor | None = None,
         row_scale: Tensor | None = None,
         entropy: bool = False,
+        known: RowLogprob | None = None,
     ) -> RowLogprob: ...
 
 
@@ -73,6 +79,8 @@ def check_arguments(
     softcap: float | None,
     grad_out: Tensor | None,
     row_scale: Tensor | None,
+    entropy: bool,
+    known: RowLogprob | None,
 ) -> None:
     """Refuse what no launcher can run; see `RowLogprobLauncher`."""
     if logits.dtype not in TILE_DTYPES:
@@ -92,6 +100,19 @@ def check_arguments(
         _check_vector("row_scale", row_scale, rows, logits.device)
     if grad_out is not None:
         _check_gradient(grad_out, logits)
+    if known is not None:
+        _check_known(known, logits, grad_out, entropy)
+
+
+def _check_known(known: RowLogprob, logits: Tensor, grad_out: Tensor | None, entropy: bool) -> None:
+    if grad_out is None:
+        raise argument_error("grad_out", "a tensor to fill, as the results are known", None)
+    if entropy:
+        raise argument_error("entropy", "False, as the results are known", entropy)
+    for name, vector in (("known.logp", known.logp), ("known.lse", known.lse)):
+        _check_vector(name, vector, len(logits), logits.device)
+        if vector.dtype != accumulation_dtype(logits):
+            raise argument_error(name, f"dtype {accumulation_dtype(logits)}", vector.dtype)
 
 
 def _check_vector(name: str, vector: Tensor, size: int, device: torch.device) -> None:

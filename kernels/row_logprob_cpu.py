@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robust_dpo import _cpu
 from robust_dpo.errors import argument_error
-from robust_dpo.kernels.row_logprob import RowLogprob, accumulation_dtype, check_arguments
+from robust_dpo.kernels.row_logprob import IGNORE_INDEX, RowLogprob, accumulation_dtype, check_arguments
 
 ISA_VARIABLE = "ROBUST_DPO_CPU_ISA"
 # Codes of csrc/row_logprob.h.
@@ -52,9 +52,13 @@ def row_logprob(
     grad_out: Tensor | None = None,
     row_scale: Tensor | None = None,
     entropy: bool = False,
+    known: RowLogprob | None = None,
 ) -> RowLogprob:
-    """Token log-prob of every row, and its gradient in place; see `RowLogprobLauncher`."""
-    check_arguments(logits, targets, bias, softcap, grad_out, row_scale)
+    """Token log-prob of every row, and its gradient in place; see `RowLogprobLauncher`.
+
+    Nothing is saved where the results are known: in a cache of the size of a row, the statistics cost little.
+    """
+    check_arguments(logits, targets, bias, softcap, grad_out, row_scale, entropy, known)
     if logits.device.type != "cpu":
         raise argument_error("logits", "a tensor on the CPU", logits.device)
     rows, vocab = logits.shape
@@ -85,7 +89,14 @@ def row_logprob(
         row_scale=_address(row_scale),
         threads=torch.get_num_threads(),
     )
-    return RowLogprob(logp, lse, entropies)
+    result = RowLogprob(logp, lse, entropies)
+    ignored = targets == IGNORE_INDEX
+    if bool(ignored.any()):
+        # For the kernel such a target is one outside of the vocabulary.
+        for values in (*result, grad_out):
+            if values is not None:
+                values[ignored] = 0.0
+    return result if known is None else known
 
 
 def _address(tensor: Tensor | None) -> int:

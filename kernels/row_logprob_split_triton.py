@@ -10,71 +10,49 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from robust_dpo.kernels.row_blocks import (
-    LOWEST,
-    finish,
-    fold,
-    load_target,
-    row_head,
-    row_start,
-    row_statistics,
-    transform,
-    write_gradient,
-)
-from robust_dpo.kernels.row_launch import SPLIT_THREADS, RowForm, all_forms, launch, variant
+from robust_dpo.kernels.row_blocks import load_target_logit, locate_target, row_start, span_of
+from robust_dpo.kernels.row_gradient import write_gradient
+from robust_dpo.kernels.row_launch import SPLIT_THREADS, RowForm, all_forms, launch, row_jit, segments_of, variant
+from robust_dpo.kernels.row_logits import transform
+from robust_dpo.kernels.row_statistics import LOWEST, finish, merge_statistics, row_statistics
 from robust_dpo.kernels.triton_aot import Variant
 
 # (m, s, t, z of the target) of a segment
 PARTIALS = tl.constexpr(4)
 
 
-@triton.jit
-def span_of(
-    head: tl.tensor,
-    i_segment: tl.tensor,
-    segment_vecs: tl.tensor,
-    vocab: tl.tensor,
-    target: tl.tensor,
-    VECTOR: tl.constexpr,
-) -> tl.tuple:
-    """The span of one segment of a row; see `row_statistics`."""
-    n_vec = (vocab - head) // VECTOR
-    first_vec = i_segment * segment_vecs
-    return head, first_vec, tl.minimum(first_vec + segment_vecs, n_vec), n_vec, vocab, target
-
-
-@triton.jit(do_not_specialize=["vocab", "segments", "segment_vecs", "has_bias"])
+@row_jit
 def row_partials_kernel(
     p_logits: tl.tensor,
     p_targets: tl.tensor,
     p_bias: tl.tensor,
     p_partials: tl.tensor,
     stride: tl.int64,
-    vocab: tl.tensor,
-    segments: tl.tensor,
-    segment_vecs: tl.tensor,
-    logit_scale: tl.tensor,
-    softcap: tl.tensor,
-    has_bias: tl.tensor,
+    vocab: tl.int32,
+    segments: tl.int32,
+    segment_vecs: tl.int32,
+    logit_scale: tl.float32,
+    softcap: tl.float32,
+    has_bias: tl.int32,
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
     TRANSFORMED: tl.constexpr,
     ENTROPY: tl.constexpr,
+    EVICTION: tl.constexpr,
 ) -> None:
     """Statistics of one segment of a row -> p_partials [rows, segments, 4]."""
     i_row = (tl.program_id(0) // segments).to(tl.int64)
     i_segment = tl.program_id(0) % segments
     p_row = row_start(p_logits, i_row, stride, ALIGNED)
-    target, z_target = load_target(p_row, p_targets + i_row, vocab)
-    head = row_head(p_row, vocab, ALIGNED)
-    span = span_of(head, i_segment, segment_vecs, vocab, target, VECTOR)
+    target, is_read = locate_target(p_targets + i_row, vocab)
+    z_target = load_target_logit(p_row, target, is_read)
+    span = span_of(p_row, i_segment, segment_vecs, vocab, target, is_read, VECTOR, ALIGNED)
     head_of_model = (p_bias, has_bias, logit_scale, softcap)
-    m, s, t = row_statistics(p_row, span, head_of_model, VECTOR, LANES, ALIGNED, TRANSFORMED, ENTROPY, "evict_last")
+    m, s, t = row_statistics(p_row, span, head_of_model, VECTOR, LANES, ALIGNED, TRANSFORMED, ENTROPY, EVICTION)
     p_partial = p_partials + (i_row * segments + i_segment) * PARTIALS
     tl.store(p_partial, m)
     tl.store(p_partial + 1, s)
@@ -82,7 +60,7 @@ def row_partials_kernel(
     tl.store(p_partial + 3, z_target)
 
 
-@triton.jit(do_not_specialize=["vocab", "segments", "segment_vecs", "has_bias", "has_row_scale", "has_entropy"])
+@row_jit
 def row_merge_kernel(
     p_logits: tl.tensor,
     p_targets: tl.tensor,
@@ -95,14 +73,14 @@ def row_merge_kernel(
     p_grad: tl.tensor,
     stride: tl.int64,
     grad_stride: tl.int64,
-    vocab: tl.tensor,
-    segments: tl.tensor,
-    segment_vecs: tl.tensor,
-    logit_scale: tl.tensor,
-    softcap: tl.tensor,
-    has_bias: tl.tensor,
-    has_row_scale: tl.tensor,
-    has_entropy: tl.tensor,
+    vocab: tl.int32,
+    segments: tl.int32,
+    segment_vecs: tl.int32,
+    logit_scale: tl.float32,
+    softcap: tl.float32,
+    has_bias: tl.int32,
+    has_row_scale: tl.int32,
+    has_entropy: tl.int32,
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -121,25 +99,24 @@ def row_merge_kernel(
     b_m = tl.load(p_partial, mask=m_segment, other=LOWEST)
     b_s = tl.load(p_partial + 1, mask=m_segment, other=0.0)
     b_t = tl.load(p_partial + 2, mask=m_segment, other=0.0)
-    m, s, t = fold(b_m, b_s, b_t)
+    statistics = merge_statistics(b_m, b_s, b_t)
     # Kept by the first launch: in place, another program may have overwritten the target's logit by now.
     z_target = tl.load(p_partials + i_row * segments * PARTIALS + 3)
-    target = tl.load(p_targets + i_row)
-    inside = (target >= 0) & (target < vocab)
-    target = tl.where(inside, target, -1).to(vocab.dtype)
+    target, is_read = locate_target(p_targets + i_row, vocab)
     head_of_model = (p_bias, has_bias, logit_scale, softcap)
-    v_target, _ = transform(z_target, target, inside, head_of_model, TRANSFORMED)
-    logp, lse, entropy, total, target_factor = finish(m, s, t, v_target, target)
+    v_target, _ = transform(z_target, target, target >= 0, head_of_model, TRANSFORMED)
+    logp, lse, entropy, for_gradient = finish(statistics, v_target, target, is_read)
     is_first = i_segment == 0
     tl.store(p_logp + i_row, logp, mask=is_first)
     tl.store(p_lse + i_row, lse, mask=is_first)
     tl.store(p_entropy + i_row, entropy, mask=is_first & (has_entropy != 0))
     if p_grad is not None:
-        scale = tl.load(p_row_scale + i_row, mask=has_row_scale != 0, other=1.0) * logit_scale
+        m, inverse, target_factor = for_gradient
+        scale = tl.load(p_row_scale + i_row, mask=is_read & (has_row_scale != 0), other=1.0) * logit_scale
         p_row = row_start(p_logits, i_row, stride, ALIGNED)
         p_grad_row = row_start(p_grad, i_row, grad_stride, ALIGNED)
-        span = span_of(row_head(p_row, vocab, ALIGNED), i_segment, segment_vecs, vocab, target, VECTOR)
-        result = (m, scale / total, scale * target_factor)
+        span = span_of(p_row, i_segment, segment_vecs, vocab, target, is_read, VECTOR, ALIGNED)
+        result = (m, scale * inverse, scale * target_factor)
         write_gradient(p_row, p_grad_row, span, head_of_model, result, VECTOR, LANES, ALIGNED, True, TRANSFORMED)
 
 
@@ -153,11 +130,7 @@ def launch_split(form: RowForm, segments: int, logits: Tensor, values: Mapping[s
         values: runtime parameters of `row_logprob_kernel`, by name.
     """
     rows, vocab = logits.shape
-    vectors = triton.cdiv(vocab, form.vector)
-    # Whole steps of the loop, so that only the last segment has an incomplete one.
-    lanes = form.lanes(SPLIT_THREADS)
-    segment_vecs = triton.cdiv(triton.cdiv(vectors, lanes), segments) * lanes
-    segments = triton.cdiv(vectors, segment_vecs)
+    segments, segment_vecs = segments_of(vocab, segments, form, SPLIT_THREADS)
     partials = torch.empty(rows, segments, PARTIALS.value, dtype=torch.float32, device=logits.device)
     values = {
         **values,
@@ -166,14 +139,20 @@ def launch_split(form: RowForm, segments: int, logits: Tensor, values: Mapping[s
         "segment_vecs": segment_vecs,
         "has_entropy": int(form.entropy),
     }
-    launch(row_partials_kernel, rows * segments, form, SPLIT_THREADS, values)
-    launch(row_merge_kernel, rows if form.grad is None else rows * segments, form, SPLIT_THREADS, values)
+    launch(row_partials_kernel, rows * segments, form, SPLIT_THREADS, logits.device, values)
+    launch(row_merge_kernel, rows if form.grad is None else rows * segments, form, SPLIT_THREADS, logits.device, values)
 
 
 def aot_variants() -> list[Variant]:
     """Every variant that `launch_split` runs."""
-    forms = [form for form in all_forms() if form.can_split]
-    # The statistics do not depend on the gradient, nor the merge on the entropy.
-    partials = [variant("row_partials", row_partials_kernel, form, SPLIT_THREADS) for form in forms if not form.grad]
-    merges = [variant("row_merge", row_merge_kernel, form, SPLIT_THREADS) for form in forms if not form.entropy]
-    return partials + merges
+    merges = [form for form in all_forms() if form.can_split and not form.entropy]
+    # What the statistics depend on of a gradient is whether there is one; the merge does not depend on the entropy.
+    partials = {
+        (form.tile, form.aligned, form.transformed, form.entropy, form.eviction): form
+        for form in all_forms()
+        if form.can_split
+    }
+    return [
+        *(variant("row_partials", row_partials_kernel, form, SPLIT_THREADS) for form in partials.values()),
+        *(variant("row_merge", row_merge_kernel, form, SPLIT_THREADS) for form in merges),
+    ]

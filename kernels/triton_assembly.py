@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Access(NamedTuple):
     Args:
         kind: "load" or "store".
         width: bytes that one thread moves.
-        in_loop: whether control can come back to it.
+        in_loop: whether it lies in a loop that holds no other loop.
     """
 
     kind: str
@@ -74,7 +74,7 @@ def global_accesses(assembly: str, dialect: Dialect) -> list[Access]:
     blocks = _blocks(assembly, dialect)
     return [
         Access(*found, in_loop)
-        for block, in_loop in zip(blocks, _repeated(blocks, dialect), strict=True)
+        for block, in_loop in zip(blocks, _in_loops(blocks, dialect), strict=True)
         for statement in block.statements
         if (found := dialect.access(statement)) is not None
     ]
@@ -97,8 +97,8 @@ def _blocks(assembly: str, dialect: Dialect) -> list[_Block]:
     return blocks
 
 
-def _repeated(blocks: Sequence[_Block], dialect: Dialect) -> list[bool]:
-    """Of each block, whether it can reach itself."""
+def _in_loops(blocks: Sequence[_Block], dialect: Dialect) -> list[bool]:
+    """Of each block, whether it lies in a loop that holds no other loop."""
     index_of = {label: index for index, block in enumerate(blocks) for label in block.labels}
     successors: list[list[int]] = []
     for index, block in enumerate(blocks):
@@ -107,18 +107,38 @@ def _repeated(blocks: Sequence[_Block], dialect: Dialect) -> list[bool]:
             if (jump := dialect.jump(statement)) is not None:
                 following += [index_of[label] for label in jump.labels]
         successors.append(following)
-    # Sets of blocks as bits of one integer, grown until nothing changes: a kernel has a few hundred blocks.
-    reachable = [0] * len(blocks)
+    innermost = _innermost_loops(successors, range(len(blocks)))
+    return [index in innermost for index in range(len(blocks))]
+
+
+def _innermost_loops(successors: Sequence[Sequence[int]], among: Iterable[int]) -> set[int]:
+    """Nodes of the loops in the graph of the nodes `among`: of a loop that holds others, only theirs."""
+    reachable = _reachable(successors, among)
+    found: set[int] = set()
+    seen: set[int] = set()
+    for node, others in reachable.items():
+        if node in seen or node not in others:
+            continue
+        loop = {other for other in others if node in reachable[other]}
+        seen |= loop
+        # Without the block that it is entered by, a loop falls apart, and those inside it are left.
+        found |= _innermost_loops(successors, loop - {min(loop)}) or loop
+    return found
+
+
+def _reachable(successors: Sequence[Sequence[int]], among: Iterable[int]) -> dict[int, set[int]]:
+    """The nodes that can be reached from each of `among`, in one step or more, without leaving them."""
+    nodes = sorted(among)
+    inside = set(nodes)
+    reachable: dict[int, set[int]] = {node: inside.intersection(successors[node]) for node in nodes}
     changed = True
     while changed:
         changed = False
-        for index in reversed(range(len(blocks))):
-            grown = reachable[index]
-            for successor in successors[index]:
-                grown |= reachable[successor] | (1 << successor)
-            changed |= grown != reachable[index]
-            reachable[index] = grown
-    return [bool(reachable[index] >> index & 1) for index in range(len(blocks))]
+        for node in reversed(nodes):
+            grown = reachable[node].union(*(reachable[other] for other in reachable[node]))
+            changed |= len(grown) > len(reachable[node])
+            reachable[node] = grown
+    return reachable
 
 
 def _ptx_access(statement: str) -> tuple[str, int] | None:

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,6 +252,9 @@ def _probe_triton() -> BackendStatus:
     if importlib.util.find_spec("triton") is None:
         return BackendStatus("triton", False, False, "the package triton is not installed")
     version = importlib.metadata.version("triton")
+    if not _interpreting() and not any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))):
+        why = "Triton builds its launchers with a C compiler, and there is none; install gcc or clang, or set CC"
+        return BackendStatus("triton", True, False, why)
     if _interpreting():
         return BackendStatus("triton", True, True, f"{version}, interpreted on the CPU for tests, never chosen by auto")
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,3 +36,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["host", "device"])
+def logits_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How `sequence_logps_from_logits` finds its rows: by reading the targets on the host, or as on a GPU, without."""
+    if request.param == "device":
+        module = importlib.import_module("robust_dpo.ops.logits_logps")
+        monkeypatch.setattr(module, "takes_all_rows", lambda device: True)
+    return request.param

@@ -125,7 +125,7 @@ def triton_launchers() -> dict[str, RowLogprobLauncher]:
     from robust_dpo.kernels.row_launch import LaunchShape
     from robust_dpo.kernels.row_logprob_triton import row_logprob
 
-    shapes = {"triton-row": LaunchShape(128), "triton-split": LaunchShape(256, 5)}
+    shapes = {"triton-row": LaunchShape(256), "triton-split": LaunchShape(256, 5)}
     launchers: dict[str, RowLogprobLauncher] = {
         name: functools.partial(row_logprob, shape=shape) for name, shape in shapes.items()
     }

@@ -87,14 +87,16 @@ def test_opcheck_sequence_logps(packed: bool, entropy: bool, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.usefixtures("logits_route")
 def test_opcheck_logits_logps(packed: bool, entropy: bool, dtype: torch.dtype) -> None:
     problem = make_problem([2, 2], packed=packed)
     logits = torch.randn(*problem.targets.shape, 37).to(dtype).requires_grad_()
     arguments = (problem.targets, problem.kwargs.get("seq_lens"), 5.0, 0.5, 16, "auto")
     torch.library.opcheck(OPS.logits_logps, (logits, *arguments, entropy))
+    *_, known = OPS.logits_logps(logits.detach(), *arguments, entropy)
     grads = torch.randn(4), torch.randn(problem.targets.shape)
     for given in (grads, (grads[0], None), (None, grads[1])):
-        torch.library.opcheck(OPS.logits_logps_backward, (*given, logits.detach(), *arguments))
+        torch.library.opcheck(OPS.logits_logps_backward, (*given, known, logits.detach(), *arguments))
 
 
 def softplus_loss(groups: Groups, *, beta: float = 0.1, gap: float = 0.0) -> Tensor:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from robust_dpo.bench import catalogue, implementation, main, smoke, suite
+from robust_dpo.bench import catalogue, implementation, main, preflight, smoke, suite
 from robust_dpo.bench import compare as compare_module
 from robust_dpo.bench import machine as machine_module
 from robust_dpo.bench.budget import Budget, OutOfTime, Pace
@@ -478,7 +478,7 @@ def test_epilogue_of_triton_agrees_in_the_interpreter() -> None:
     ids=["passes", "fails", "does not import"],
 )
 def test_gpu_tests_are_counted(tmp_path, source, status, detail) -> None:
-    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['gpu: needs one']\n")
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['gpu: needs one', 'slow: long']\n")
     folder = tmp_path / "tests"
     folder.mkdir()
     marked = "import pytest\npytestmark = pytest.mark.gpu\n"
@@ -495,8 +495,40 @@ def test_gpu_tests_that_cannot_run_say_why(tmp_path) -> None:
     (tmp_path / "tests" / "test_one.py").write_text("def test_without_the_marker(): pass\n")
     assert run_tests(tmp_path, 60, marker="not gpu").status == "passed"
     assert run_tests(tmp_path, 60, marker="gpu").detail == "no test is marked gpu"
-    (tmp_path / "tests" / "test_one.py").write_text("import time\ntime.sleep(60)\n")
-    assert run_tests(tmp_path, 2).detail == "not finished after 2 seconds"
+    (tmp_path / "tests" / "test_one.py").write_text("import time\ntime.sleep(600)\n")
+    assert run_tests(tmp_path, 2).detail.startswith("not finished after 2 seconds")
+
+
+@pytest.mark.parametrize(("first", "status"), [("pass", "not finished"), ("assert False", "failed")])
+def test_a_timeout_is_no_failure_but_a_failure_before_it_is_one(tmp_path, first, status) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['gpu: needs one', 'slow: long']\n")
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    source = f"import pytest, time\npytestmark = pytest.mark.gpu\ndef test_one(): {first}\n"
+    (folder / "test_one.py").write_text(f"{source}def test_two(): time.sleep(600)\n")
+    started = time.monotonic()
+    outcome = run_tests(tmp_path, 5)
+    assert time.monotonic() - started < 30
+    assert outcome.status == status and "not finished after 5 seconds" in outcome.detail
+    assert f"{int(status != 'failed')} passed, {int(status == 'failed')} failed" in outcome.detail
+
+
+def test_what_a_check_started_ends_with_it(tmp_path, monkeypatch) -> None:
+    """compute-sanitizer runs the program it watches as its child."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\ntrap '' INT\nsleep 600 & echo $! > {tmp_path}/child; wait\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(preflight, "_GRACE_SECONDS", 0.5)
+    outcome = run_sanitizer(1, str(tool))
+    assert (outcome.status, outcome.detail) == ("not finished", "not finished after 1 seconds")
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    for _ in range(100):
+        # Gone, or a zombie that nobody has waited for.
+        if not child.exists() or child.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child lives on")
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "passed"), (9, "failed"), (1, "failed")])
@@ -534,6 +566,19 @@ def test_preflight_runs_once_and_within_its_share(tmp_path, monkeypatch) -> None
         suite._preflight(options(tmp_path), store, Budget(10), silent)
     assert len(asked) == 2 and 100 < asked[0] < 200 and 10 <= asked[1] < 100
     assert set(store.preflight) == {"tests", "sanitizer"}
+
+
+def test_preflight_that_was_not_finished_is_tried_again(tmp_path, monkeypatch) -> None:
+    outcomes = [suite.Outcome("not finished", "too slow"), suite.Outcome("passed", "fine")]
+    monkeypatch.setattr(suite, "run_tests", lambda *arguments: outcomes.pop(0))
+    monkeypatch.setattr(suite, "run_sanitizer", lambda timeout: suite.Outcome("not run", "no such tool"))
+    machine = describe_machine(torch.get_num_threads(), CPU)
+    store = Store(tmp_path, run_key(machine), machine)
+    suite._preflight(options(tmp_path), store, Budget(10), silent)
+    assert store.preflight["tests"]["status"] == "not finished"
+    assert not run_suite(options(tmp_path), silent, []).failed
+    suite._preflight(options(tmp_path), store, Budget(10), silent)
+    assert store.preflight["tests"]["status"] == "passed" and not outcomes
 
 
 @pytest.mark.parametrize("group_size", [2, 4])
@@ -606,6 +651,8 @@ def test_the_script_installs_what_cannot_be_imported(monkeypatch, capsys, code) 
     assert ("could not be installed" in capsys.readouterr().err) == bool(code)
 
 
+# Slow: the suite runs the quick GPU tests first, and this test runs the suite.
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_quick_run_on_a_gpu(tmp_path) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from robust_dpo.ops import batch_layout
+from robust_dpo.ops import batch_layout, host
 from robust_dpo.ops.batch_layout import BatchLayout
 from robust_dpo.ops.grouped_head import GroupedHead, GroupedResult, Reference
 from robust_dpo.ops.head import HeadWeights
-from robust_dpo.ops.inputs import valid_calibration
 from robust_dpo.ops.objective import Objective
+from robust_dpo.ops.row_selection import RowSelection
 from robust_dpo.robust import DrDPO, KLRobust, Mean, RobustObjective
 
 VOCAB, WIDTH = 37, 8
@@ -93,7 +93,46 @@ def test_rows_of_unknown_lengths_are_read_once(padded: bool, monkeypatch: pytest
     assert fetched == [2]
 
 
-def test_a_wrong_calibration_that_nobody_reads_makes_nan() -> None:
-    calibration = torch.tensor([1.0, -1.0])
-    poisoned = calibration.where(valid_calibration(calibration), float("nan"))
-    assert poisoned.isnan().tolist() == [False, True]
+@pytest.mark.parametrize("vector", ["ref_logps", "calibration", "scores"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_wrong_values_that_nobody_reads_make_nan(vector: str, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowSelection, "begin", staticmethod(lambda *given: RowSelection(*given, None)))
+    given: dict[str, Any] = {
+        "ref_logps": torch.zeros(6), "calibration": torch.ones(6), "scores": torch.arange(6.0),
+    }  # fmt: skip
+    given[vector][4] = wrong
+    targets, seq_lens = torch.zeros(sum(LENGTHS), dtype=torch.int64), torch.tensor(LENGTHS)
+    layout = BatchLayout.read(targets, seq_lens, 2, None, VOCAB, **given, dtype=torch.float32)
+    assert layout.calibration is not None
+    assert layout.calibration.isnan().tolist() == [False, False, True]
+
+
+class TestDeviceCopies:
+    """What is sent to a device is kept, as long as somebody may read it there."""
+
+    CPU = torch.device("cpu")
+
+    def test_same_vector_is_sent_once_for_each_stream(self) -> None:
+        copies = host.DeviceCopies()
+        first = copies.for_stream((1, 2, 3), self.CPU, stream=7)
+        assert first.tolist() == [1, 2, 3]
+        assert copies.for_stream((1, 2, 3), self.CPU, stream=7) is first
+        assert copies.for_stream((1, 2, 3), self.CPU, stream=8) is not first
+
+    def test_the_least_recent_is_let_go_but_not_what_a_graph_reads(self) -> None:
+        copies = host.DeviceCopies(size=2)
+        kept = copies.for_stream((1,), self.CPU, stream=0)
+        assert copies.for_graph((1,), self.CPU) is kept
+        for number in range(2, 9):
+            copies.for_stream((number,), self.CPU, stream=0)
+        assert copies.for_graph((1,), self.CPU) is kept
+        assert copies.for_stream((1,), self.CPU, stream=0) is not kept
+
+    def test_a_capture_needs_a_call_before_it(self) -> None:
+        with pytest.raises(RuntimeError, match=r"seq_lens and group_sizes: expected lengths .* before the capture"):
+            host.DeviceCopies().for_graph((1, 2), self.CPU)
+
+
+def test_a_default_device_does_not_matter() -> None:
+    with torch.device("meta"):
+        assert host.send([1, 2], torch.device("cpu")).tolist() == [1, 2]

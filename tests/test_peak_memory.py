@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from robust_dpo.kernels.row_logprob_torch import BLOCK_ELEMENTS
-from robust_dpo.ops.chunking import DEFAULT_BYTES
+from robust_dpo.ops.chunking import CPU_BYTES
 
 V, H, ROWS = 151936, 64, 4096
 # 16 responses of 256 tokens. A problem of the same kind but tiny goes first, so that code, thread pools and
@@ -57,7 +57,7 @@ def test_peak_memory_of_a_real_vocabulary(backend: str) -> None:
     weight = 4 * V * H
     hidden = 4 * ROWS * H
     # The chunk of logits, the fp32 dW, which becomes weight.grad, and dx; 10 % of these and of the inputs in slack.
-    allowed = DEFAULT_BYTES["cpu"] + weight + hidden + 0.1 * (DEFAULT_BYTES["cpu"] + 2 * (weight + hidden))
+    allowed = CPU_BYTES + weight + hidden + 0.1 * (CPU_BYTES + 2 * (weight + hidden))
     if backend == "torch":
         allowed += 6 * 4 * BLOCK_ELEMENTS["cpu"]  # the temporaries of a block of rows
     logits = 4 * ROWS * V

@@ -10,16 +10,29 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from cuda_emulated import row_launchers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_cases import TRANSFORMS, Case, check_errors, dtype_id, error, make_case, poisoned, run, triton_launchers
+from row_cases import (
+    TRANSFORMS,
+    Case,
+    check_errors,
+    dtype_id,
+    error,
+    make_case,
+    poisoned,
+    run,
+    solved,
+    triton_launchers,
+)
 
 from robust_dpo.kernels import row_logprob_torch
-from robust_dpo.kernels.row_logprob import RowLogprobLauncher
+from robust_dpo.kernels.row_logprob import IGNORE_INDEX, RowLogprob, RowLogprobLauncher
 
 HAS_CPU = importlib.util.find_spec("robust_dpo._cpu") is not None
 if HAS_CPU:
@@ -440,3 +453,68 @@ def test_shift_and_permutation(rows: int, vocab: int, shift: int, seed: int) -> 
     torch.testing.assert_close(permuted_grad, grad[:, order], rtol=2e-6, atol=1e-7)
     # Each row of softmax - onehot sums to 0.
     torch.testing.assert_close(grad.double().sum(1), torch.zeros(rows, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("transform", ["plain", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("vocab", [1, 37, 1024])
+def test_ignored_rows_are_not_read_and_count_nothing(
+    launcher: RowLogprobLauncher, dtype: torch.dtype, vocab: int, transform: str
+) -> None:
+    case = make_case(dtype, 6, vocab, transform)
+    expected_grad = poisoned(case)
+    expected = run(launcher, case, expected_grad)
+    ignored = torch.tensor([True, False, False, True, False, True])
+    # What nobody reads may be anything.
+    case.logits[ignored] = float("nan")
+    case.row_scale[ignored] = float("nan")
+    case.targets[ignored] = IGNORE_INDEX
+    in_place = case.logits.clone()
+    for grad in (poisoned(case), in_place, None):
+        moved = replace(case, logits=in_place) if grad is in_place else case
+        result = run(launcher, moved, grad)
+        pairs = zip((*result, grad), (*expected, expected_grad), strict=True)
+        for ours, others in [(ours, others) for ours, others in pairs if ours is not None]:
+            assert others is not None
+            assert torch.equal(ours[~ignored], others[~ignored])
+            assert (ours[ignored] == 0).all()
+
+
+@pytest.mark.parametrize("transform", list(TRANSFORMS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("vocab", [1, 37, 20_011])
+def test_gradient_from_known_results(
+    launcher: RowLogprobLauncher, dtype: torch.dtype, vocab: int, transform: str
+) -> None:
+    case, truth, _ = solved(dtype, 5, vocab, transform)
+    direct, grad = poisoned(case), poisoned(case)
+    known = run(launcher, case, direct, entropy=False)
+    case_again = replace(case, targets=case.targets.clone())
+    case_again.targets[3] = IGNORE_INDEX
+    result = launcher(case.logits, case_again.targets, grad_out=grad, known=known, **case.options())
+    assert result.logp is known.logp and result.lse is known.lse
+    assert (grad[3] == 0).all()
+    kept = torch.tensor([0, 1, 2, 4])
+    # e^{v − lse} differs from e^{v − m} / Σ by the rounding of lse, absolutely: |lse| · eps.
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    rounding = 4 * torch.finfo(precision).eps * float(truth[1].abs().max())
+    allowed = error(direct[kept], truth[3][kept]) + (rounding + torch.finfo(dtype).eps) * float(truth[3].abs().max())
+    assert error(grad[kept], truth[3][kept]) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad_out": None}, r"grad_out: expected a tensor to fill, as the results are known, got None"),
+        ({"entropy": True}, r"entropy: expected False, as the results are known, got True"),
+        ({"known": RowLogprob(torch.zeros(2), torch.zeros(3), None)}, r"known\.logp: expected "),
+        ({"known": RowLogprob(torch.zeros(3), torch.zeros(3).double(), None)}, r"known\.lse: expected dtype"),
+    ],
+)
+def test_known_results_that_do_not_fit_are_refused(
+    launcher: RowLogprobLauncher, change: dict[str, Any], message: str
+) -> None:
+    case = make_case(torch.float32, 3, 7)
+    options = {"grad_out": poisoned(case), "known": RowLogprob(torch.zeros(3), torch.zeros(3), None), **change}
+    with pytest.raises(ValueError, match=message):
+        launcher(case.logits, case.targets, **options)

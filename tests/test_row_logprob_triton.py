@@ -20,11 +20,13 @@ from row_cases import Case, assert_within_budget, check_errors, dtype_id, make_c
 from robust_dpo.kernels.row_launch import (
     CACHE_BYTES,
     MAX_SEGMENTS,
-    THREADS_PER_MULTIPROCESSOR,
+    RESIDENT_PROGRAMS,
+    THREADS,
     LaunchShape,
     RowForm,
     all_forms,
     form_of,
+    has_form,
     launch_shape,
 )
 from robust_dpo.kernels.row_logprob import RowLogprobLauncher
@@ -98,7 +100,7 @@ def test_any_layout(dtype: torch.dtype, vocab: int, padding: int, shift: int, gr
         "in place": lambda: (tile, memory),
         "none": lambda: (None, memory),
     }[gradient]()
-    for shape in (LaunchShape(128), LaunchShape(256, 3)):
+    for shape in (LaunchShape(256), LaunchShape(256, 3)):
         tile.copy_(case.logits)
         result = run(launcher_of(shape), moved, grad)
         assert_within_budget(result, truth[3].to(dtype) if grad is None else grad, truth, budget)
@@ -120,7 +122,7 @@ def test_narrow_gradient_over_the_front_of_long_rows(narrow: torch.dtype, vocab:
     tile.copy_(case.logits)
     over = torch.empty(0, dtype=narrow).set_(tile.untyped_storage(), 0, (3, vocab), (2 * tile.stride(0), 1))
     moved = Case(tile, case.targets, case.row_scale, case.bias, case.softcap, case.logit_scale)
-    result = run(launcher_of(LaunchShape(128)), moved, over)
+    result = run(launcher_of(LaunchShape(256)), moved, over)
     assert_within_budget(result, over, truth, budget)
 
 
@@ -133,7 +135,7 @@ def test_the_chosen_shape_gives_the_same(rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", [LaunchShape(128), LaunchShape(256, 4)], ids=["row", "split"])
+@pytest.mark.parametrize("shape", [LaunchShape(256), LaunchShape(256, 4)], ids=["row", "split"])
 def test_same_bits_in_every_call(dtype: torch.dtype, shape: LaunchShape) -> None:
     case = make_case(dtype, 3, 20_001)
     results = []
@@ -143,7 +145,7 @@ def test_same_bits_in_every_call(dtype: torch.dtype, shape: LaunchShape) -> None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("target", [-100, -1, 5003, 2**40, -(2**62)])
+@pytest.mark.parametrize("target", [-101, -1, 5003, 2**40, -(2**62)])
 @pytest.mark.parametrize("transform", ["plain", "all"])
 def test_target_outside_of_long_rows(launcher: RowLogprobLauncher, target: int, transform: str) -> None:
     case = make_case(torch.bfloat16, 2, 5003, transform)
@@ -167,44 +169,70 @@ def test_target_outside_of_long_rows(launcher: RowLogprobLauncher, target: int, 
     vocab=st.integers(1, 300_000),
     itemsize=st.sampled_from([2, 4]),
     multiprocessors=st.integers(1, 200),
+    read_twice=st.booleans(),
 )
-def test_launch_shape(rows: int, vocab: int, itemsize: int, multiprocessors: int) -> None:
-    shape = launch_shape(rows, vocab, itemsize, multiprocessors)
-    assert shape.threads in (128, 256, 512, 1024)
+def test_launch_shape(rows: int, vocab: int, itemsize: int, multiprocessors: int, read_twice: bool) -> None:
+    shape = launch_shape(rows, vocab, itemsize, multiprocessors, read_twice=read_twice)
+    assert shape.threads in THREADS
     assert 1 <= shape.segments <= MAX_SEGMENTS
     if shape.segments > 1:
         # Never for work that fills the chip anyway, nor in pieces that leave threads idle.
         assert rows < 2 * multiprocessors
         assert vocab * itemsize // shape.segments >= 256 * 16 * itemsize or itemsize == 2
         assert vocab * itemsize // shape.segments >= 16 << 10
-    elif shape.threads < 1024:
-        in_flight = min(rows, multiprocessors * (THREADS_PER_MULTIPROCESSOR // shape.threads))
-        assert in_flight * vocab * itemsize <= CACHE_BYTES
+    else:
+        resident = multiprocessors * RESIDENT_PROGRAMS[shape.threads]
+        in_flight = min(rows, resident if shape.programs is None else shape.programs)
+        held = CACHE_BYTES // (vocab * itemsize)
+        assert in_flight <= max(1, held) or (shape.threads == 1024 and not read_twice)
+        if shape.programs is not None:
+            # As many as the cache allows: no program takes two rows more than another.
+            assert (shape.threads, read_twice) == (1024, True)
+            assert shape.programs * -(-rows // max(1, held)) >= rows
 
 
 @pytest.mark.parametrize(
     ("rows", "vocab", "itemsize", "shape"),
     [
-        (4096, 31_775, 2, LaunchShape(256)),
-        (4096, 31_776, 2, LaunchShape(512)),
-        (4096, 63_550, 2, LaunchShape(512)),
-        (4096, 128_256, 2, LaunchShape(1024)),
-        (4096, 1000, 4, LaunchShape(128)),
+        (4096, 15_887, 2, LaunchShape(256)),
+        (4096, 15_888, 2, LaunchShape(512)),
+        (4096, 32_000, 2, LaunchShape(512)),
+        (4096, 50_257, 2, LaunchShape(1024)),
+        (4096, 127_100, 2, LaunchShape(1024)),
+        (4096, 127_200, 2, LaunchShape(1024, programs=128)),
+        (4096, 256_000, 2, LaunchShape(1024, programs=64)),
+        (4096, 1000, 4, LaunchShape(256)),
         (1, 128_256, 2, LaunchShape(256, 15)),
         (8, 256_000, 4, LaunchShape(256, 62)),
-        (200, 128_256, 2, LaunchShape(256, 3)),
-        (264, 128_256, 2, LaunchShape(1024)),
-        (1, 1000, 4, LaunchShape(128)),
+        # More than the cache holds, and then half the chip or more is busy with whole rows.
+        (200, 128_256, 2, LaunchShape(1024, programs=100)),
+        (50, 512_000, 2, LaunchShape(256, 11)),
+        (1, 1000, 4, LaunchShape(256)),
     ],
 )
 def test_launch_shape_on_an_h100(rows: int, vocab: int, itemsize: int, shape: LaunchShape) -> None:
-    assert launch_shape(rows, vocab, itemsize, 132) == shape
+    assert launch_shape(rows, vocab, itemsize, 132, read_twice=True) == shape
+
+
+def test_rows_that_are_read_once_are_split_where_they_are_few() -> None:
+    assert launch_shape(200, 128_256, 2, 132, read_twice=False) == LaunchShape(256, 3)
+    assert launch_shape(264, 128_256, 2, 132, read_twice=False) == LaunchShape(1024)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 7, 9])
+@pytest.mark.parametrize("gradient", ["none", "in place", "apart"])
+def test_programs_that_take_several_rows(programs: int, gradient: str) -> None:
+    case, truth, budget = solved(torch.float32, 7, 613, "all")
+    tile = case.logits.clone()
+    grad = {"none": None, "in place": tile, "apart": poisoned(case)}[gradient]
+    moved = Case(tile, case.targets, case.row_scale, case.bias, case.softcap, case.logit_scale)
+    result = run(launcher_of(LaunchShape(1024, programs=programs)), moved, grad)
+    assert_within_budget(result, truth[3].float() if grad is None else grad, truth, budget)
 
 
 def test_every_call_has_a_form_that_is_compiled_ahead_of_time() -> None:
     seen = set()
-    memory = torch.zeros(2 * 96 * 4, dtype=torch.float32)
-    for tile_dtype, grad_dtype, vocab, padding, shift, capped, entropy in itertools.product(
+    for tile_dtype, grad_dtype, vocab, padding, shift, transformed, entropy in itertools.product(
         DTYPES, [None, "in place", *DTYPES], [16, 13], [0, 3], [0, 1], [False, True], [False, True]
     ):
         tile, _ = placed(torch.zeros(2, vocab), vocab + padding, shift, tile_dtype)
@@ -212,17 +240,16 @@ def test_every_call_has_a_form_that_is_compiled_ahead_of_time() -> None:
             grad = tile
             if isinstance(grad_dtype, torch.dtype):
                 grad, _ = placed(tile, vocab + padding, grad_shift, grad_dtype)
-            for bias in (None, memory[:vocab], memory[1 : vocab + 1]):
-                seen.add(form_of(tile, grad if grad_dtype else None, bias, capped, entropy))
+            if grad_dtype is None or has_form(tile_dtype, grad.dtype):
+                seen.add(form_of(tile, grad if grad_dtype else None, transformed, entropy))
     assert seen == set(all_forms())
     assert len(seen) == len(list(all_forms()))
 
 
-def test_variants_cover_every_form() -> None:
+def test_variants_cover_every_form_with_every_number_of_threads() -> None:
     names = [variant.name for variant in aot_variants()]
     assert len(set(names)) == len(names)
-    for form in all_forms():
-        assert f"row_logprob {form}, 1024 threads" in names
+    assert set(names) == {f"row_logprob {form}, {threads} threads" for form in all_forms() for threads in THREADS}
 
 
 @pytest.mark.parametrize("tile", DTYPES, ids=dtype_id)

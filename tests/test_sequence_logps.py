@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from typing import Any
@@ -12,6 +13,8 @@ from problems import Problem, make_problem, relative_error, require_backend
 from torch import Tensor
 
 from robust_dpo import SequenceLogps, reference, sequence_logps, sequence_logps_from_logits
+from robust_dpo.dispatch import get_row_logprob
+from robust_dpo.kernels.row_logprob import RowLogprob, RowLogprobLauncher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -84,6 +87,7 @@ def test_matches_the_reference(packed: bool, head: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "cpu", "auto"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.usefixtures("logits_route")
 def test_from_logits_matches_the_reference(packed: bool, head: str, backend: str) -> None:
     require_backend(backend)
     problem = problem_of([3, 2, 4], packed=packed).to(torch.float64)
@@ -135,6 +139,7 @@ def test_error_budget(vocab: int, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("view", ["contiguous", "shifted", "column_major", "every_other_row", "expanded"])
 @pytest.mark.parametrize("holes", [False, True], ids=["every_row_counts", "holes"])
 @pytest.mark.parametrize("backend", ["torch", "cpu", "auto"])
+@pytest.mark.usefixtures("logits_route")
 def test_strided_logits(backend: str, holes: bool, view: str, dtype: torch.dtype) -> None:
     require_backend(backend)
     batch, length, vocab = 3, 7, 19
@@ -160,6 +165,72 @@ def test_strided_logits(backend: str, holes: bool, view: str, dtype: torch.dtype
         torch.testing.assert_close(one, two)
 
 
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each launch of the row kernel, where logits are taken as on a GPU."""
+    module, rows = importlib.import_module("robust_dpo.ops.logits_logps"), []
+
+    def counted(*arguments: Any) -> RowLogprobLauncher:
+        launcher = get_row_logprob(*arguments)
+
+        def launch(logits: Tensor, *rest: Any, **options: Any) -> RowLogprob:
+            rows.append(len(logits))
+            return launcher(logits, *rest, **options)
+
+        return launch
+
+    monkeypatch.setattr(module, "takes_all_rows", lambda device: True)
+    monkeypatch.setattr(module, "get_row_logprob", counted)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
+@pytest.mark.parametrize("form", ["padded", "shifted", "packed"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+def test_all_rows_go_in_one_launch_where_nothing_is_read_back(
+    backend: str, form: str, dtype: torch.dtype, launches: list[int]
+) -> None:
+    require_backend(backend)
+    problem = problem_of([3, 2], vocab=41, packed=form == "packed").to(dtype)
+    logits, seq_lens = logits_of(problem).detach(), problem.kwargs.get("seq_lens")
+    if form == "shifted":
+        logits = torch.cat([logits, torch.full_like(logits[:, :1], math.nan)], 1)[:, :-1]
+    exact, plain = (logits.to(each, copy=True).requires_grad_() for each in (torch.float64, torch.float32))
+    leaf = logits.detach().requires_grad_()
+    truth, single = (expected(each, problem.targets, seq_lens) for each in (exact, plain))
+    result = sequence_logps_from_logits(
+        leaf, problem.targets, seq_lens=seq_lens, per_token=True, entropy=True, backend=backend
+    )
+    factors = random_factors(truth)
+    theirs = [*single, *gradients(single, factors, [plain])]
+    for mine, other, true in zip(
+        [*result, *gradients(result, factors, [leaf])],
+        theirs,
+        [*truth, *gradients(truth, factors, [exact])],
+        strict=True,
+    ):
+        rounding = torch.finfo(mine.dtype).eps + 16 * torch.finfo(torch.float32).eps
+        assert relative_error(mine, true) <= 2 * relative_error(other, true) + rounding
+    rows = problem.targets.numel() + (len(problem.targets) - 1 if form == "shifted" else 0)
+    assert launches == [rows, rows]  # forward and backward
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+@pytest.mark.usefixtures("launches")
+def test_what_is_wrong_and_not_read_back_makes_nan(backend: str) -> None:
+    require_backend(backend)
+    logits, targets = torch.randn(3, 4, 11), torch.randint(0, 11, (3, 4))
+    targets[1, 2] = 11
+    assert sequence_logps_from_logits(logits, targets, backend=backend).isnan().tolist() == [False, True, False]
+    targets[1, 2] = -100
+    packed = logits.view(12, 11), targets.view(12)
+    for lens in ([4, 4, 3], [4, 4, 5], [8, -4, 8]):
+        logps = sequence_logps_from_logits(*packed, seq_lens=torch.tensor(lens), backend=backend)
+        assert logps.isnan().all()
+    lens = torch.tensor([4, 0, 8])
+    assert sequence_logps_from_logits(*packed, seq_lens=lens, backend=backend).isfinite().all()
+
+
 def test_the_gradient_of_logits_does_not_touch_the_logits() -> None:
     logits = torch.randn(2, 5, 11, requires_grad=True)
     before = logits.detach().clone()
@@ -168,6 +239,7 @@ def test_the_gradient_of_logits_does_not_touch_the_logits() -> None:
 
 
 @pytest.mark.parametrize(("per_token", "entropy"), list(itertools.product([False, True], repeat=2)))
+@pytest.mark.usefixtures("logits_route")
 def test_what_is_returned(per_token: bool, entropy: bool) -> None:
     problem = problem_of([2, 2]).to(torch.float32)
     logits = logits_of(problem).detach()
@@ -202,6 +274,7 @@ def test_every_combination_of_requires_grad(needs: tuple[bool, bool, bool]) -> N
 
 
 @pytest.mark.parametrize("route", ["hidden", "logits"])
+@pytest.mark.usefixtures("logits_route")
 def test_backward_again_and_second_derivatives(route: str) -> None:
     problem = problem_of([2, 2]).to(torch.float64)
     leaf = problem.hidden if route == "hidden" else logits_of(problem).detach().requires_grad_()
@@ -213,6 +286,7 @@ def test_backward_again_and_second_derivatives(route: str) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.usefixtures("logits_route")
 def test_no_tokens_at_all(packed: bool) -> None:
     problem = problem_of([2], packed=packed, bias=True).to(torch.float32)
     problem.targets[:] = -100
@@ -228,6 +302,7 @@ def test_no_tokens_at_all(packed: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+@pytest.mark.usefixtures("logits_route")
 def test_empty_shapes(shape: tuple[int, int]) -> None:
     targets = torch.zeros(shape, dtype=torch.int64)
     hidden = torch.randn(*shape, 6, requires_grad=True)
@@ -263,6 +338,7 @@ def test_autocast(tile_dtype: torch.dtype | None, backend: str) -> None:
 
 
 @pytest.mark.parametrize("head", ["plain", "softcap_scale"])
+@pytest.mark.usefixtures("logits_route")
 def test_gradcheck(head: str) -> None:
     problem = problem_of([2, 1], vocab=11, width=4, longest=3, bias=True).to(torch.float64)
     options: dict[str, Any] = {"per_token": True, "chunk_bytes": 1, **HEADS[head]}

@@ -213,9 +213,9 @@ $L__BB0_5:
 def test_reads_ptx() -> None:
     assert global_accesses(NESTED_LOOPS, PTX) == [
         Access("load", 4, False),
+        Access("load", 16, False),
         Access("load", 16, True),
-        Access("load", 16, True),
-        Access("store", 8, True),
+        Access("store", 8, False),
         Access("load", 1, False),
         Access("load", 32, False),
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,8 @@ from typing import Any
 
 _SANITIZER_ERRORS = 9
 _CUDA_FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")
+# For pytest to write its report after it was interrupted.
+_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,9 @@ class Outcome:
     """Of one check.
 
     Args:
-        status: "passed", "failed" or "not run".
+        status: "passed", "failed", "not finished" (in the time it had) or "not run".
         detail: counts, or why it did not run.
-        output: the end of what it printed, where it failed.
+        output: the end of what it printed, where it did not pass.
     """
 
     status: str
@@ -39,32 +43,51 @@ class Outcome:
         return asdict(self)
 
 
+def is_settled(outcome: Mapping[str, Any] | None) -> bool:
+    """Whether a stored outcome says something about the code, so that the check need not run again."""
+    return outcome is not None and outcome["status"] in ("passed", "failed")
+
+
 def _run(
     command: Sequence[str], folder: Path | None, timeout: float, environment: Mapping[str, str] | None = None
 ) -> tuple[int | None, str]:
-    """Exit code (None: out of time) and the end of the output."""
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env={**os.environ, **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as late:
-        printed = late.stdout or ""
-        text = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
-        return None, text[-4000:]
-    return done.returncode, done.stdout[-4000:]
+    """Exit code (None: out of time) and the end of the output.
+
+    At the end of its time the command is interrupted, and soon after killed with all of its own processes: the program
+    that a sanitizer watches is a child of it, and would go on with the GPU.
+    """
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                printed, _ = process.communicate(timeout=timeout)
+                return process.returncode, printed[-4000:]
+            _signal_all(process, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=_GRACE_SECONDS)
+        finally:
+            _signal_all(process, signal.SIGKILL)
+        printed, _ = process.communicate()
+    return None, printed[-4000:]
 
 
-def run_tests(root: Path, timeout: float, *, marker: str = "gpu") -> Outcome:
-    """`pytest -m gpu tests` in a checkout, in a process of its own."""
+def _signal_all(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """To a process that began a session, and to what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def run_tests(root: Path, timeout: float, *, marker: str = "gpu and not slow") -> Outcome:
+    """`pytest -m "gpu and not slow" tests` in a checkout, in a process of its own."""
     # An installed package may lie beside the tests of another.
     if not ((root / "tests").is_dir() and (root / "pyproject.toml").is_file()):
         return Outcome("not run", "not a checkout: there are no tests")
@@ -72,18 +95,27 @@ def run_tests(root: Path, timeout: float, *, marker: str = "gpu") -> Outcome:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-m", marker, f"--junitxml={report}", "tests"]
         code, output = _run(command, root, timeout)
-        if code is None:
-            return Outcome("failed", f"not finished after {timeout:.0f} seconds", output)
-        if not report.exists():
-            return Outcome("failed", f"pytest ended with exit code {code} before any test", output)
-        suite = next(ElementTree.parse(report).getroot().iter("testsuite")).attrib
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    detail = f"{passed} passed, {counts['failures']} failed, {counts['errors']} errors, {counts['skipped']} skipped"
+        counts = _counts(report)
     # Exit code 5: no test was collected, which is no proof of anything.
     if code == 5:
         return Outcome("failed", "no test is marked gpu", output)
-    return Outcome("passed" if code == 0 else "failed", detail, "" if code == 0 else output)
+    if counts is None and code is not None:
+        return Outcome("failed", f"pytest ended with exit code {code} before any test", output)
+    found = ", ".join(f"{count} {what}" for what, count in (counts or {}).items())
+    if code is None:
+        detail = f"not finished after {timeout:.0f} seconds" + (f", {found}" if found else "")
+        broken = counts is not None and counts["failed"] + counts["errors"] > 0
+        return Outcome("failed" if broken else "not finished", detail, output)
+    return Outcome("passed" if code == 0 else "failed", found, "" if code == 0 else output)
+
+
+def _counts(report: Path) -> dict[str, int] | None:
+    """Tests by outcome in a report of pytest; None where there is none."""
+    if not report.exists():
+        return None
+    suite = next(ElementTree.parse(report).getroot().iter("testsuite")).attrib
+    tests, failed, errors, skipped = (int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped"))
+    return {"passed": tests - failed - errors - skipped, "failed": failed, "errors": errors, "skipped": skipped}
 
 
 def find_sanitizer() -> str | None:
@@ -100,7 +132,7 @@ def run_sanitizer(timeout: float, tool: str | None = None) -> Outcome:
     command = [tool, "--tool", "memcheck", "--error-exitcode", str(_SANITIZER_ERRORS), *script]
     code, output = _run(command, None, timeout, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     if code is None:
-        return Outcome("failed", f"not finished after {timeout:.0f} seconds", output)
+        return Outcome("not finished", f"not finished after {timeout:.0f} seconds", output)
     if code == 0:
         return Outcome("passed", "no errors")
     found = "memcheck found errors" if code == _SANITIZER_ERRORS else f"exit code {code}"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from robust_dpo.bench.catalogue import cases_for
 from robust_dpo.bench.compare import OUT_OF_TIME, first_line, foreign_failures
 from robust_dpo.bench.machine import describe_machine
 from robust_dpo.bench.options import Options
-from robust_dpo.bench.preflight import Outcome, run_sanitizer, run_tests
+from robust_dpo.bench.preflight import Outcome, is_settled, run_sanitizer, run_tests
 from robust_dpo.bench.record import Record, Role, Row
 from robust_dpo.bench.store import Store, run_key
 from robust_dpo.bench.workbench import DeviceLost, Workbench
@@ -88,7 +88,7 @@ def _preflight(options: Options, store: Store, budget: Budget, log: Log) -> None
         "sanitizer": run_sanitizer,
     }
     for name, check in checks.items():
-        if name in store.preflight or not options.wants_preflight(name):
+        if is_settled(store.preflight.get(name)) or not options.wants_preflight(name):
             continue
         log(f"{name} …")
         outcome = check(max(10.0, _PREFLIGHT_SHARE[name] * budget.remaining))
@@ -155,6 +155,7 @@ def _failed(store: Store) -> bool:
 
 
 def go_on_elsewhere(options: Options, minutes: float) -> int:
-    """The rest of a run in a new process, after a device was lost; its exit code."""
-    command = [sys.executable, "-m", "robust_dpo.bench", *options.arguments(minutes)]
+    """The rest of a run in a new process, after a device was lost; its exit code. The checks had their turn."""
+    rest = replace(options, preflight=False)
+    command = [sys.executable, "-m", "robust_dpo.bench", *rest.arguments(minutes)]
     return subprocess.run(command, check=False).returncode

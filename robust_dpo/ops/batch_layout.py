@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -21,17 +22,20 @@ class BatchLayout:
 
     Args:
         rows: that go through the head.
-        groups: padded layout of the responses.
         sizes: [G] responses of each group, on the host.
         group_offsets: [G + 1] int64 on the device, where the responses of each group begin, and where the last ends.
         calibration: [G] h in the `dtype` of the losses, or None.
     """
 
     rows: ResponseRows
-    groups: GroupLayout
     sizes: list[int]
     group_offsets: Tensor
     calibration: Tensor | None
+
+    @functools.cached_property
+    def groups(self) -> GroupLayout:
+        """Padded layout of the responses."""
+        return _group_layout(self.sizes, self.rows.targets.device)
 
     @staticmethod
     def read(
@@ -48,7 +52,7 @@ class BatchLayout:
         """Lay out a batch and check the contents of what came with it, with one read from the device.
 
         With packed targets on a device, `seq_lens` on the CPU (and `group_sizes`, if any, there too) nothing is read:
-        contents are not checked then, and what is wrong makes the loss NaN.
+        contents are not checked then, and what is wrong makes the loss NaN, by way of the calibration.
 
         Raises:
             ValueError: a target, a length, a group size or a value is out of its range.
@@ -59,15 +63,39 @@ class BatchLayout:
         facts, sizes, raised = fetch(selection.facts, group_sizes, flags)
         if reads:
             inputs.refuse_values(raised, ref_logps, calibration, scores)
-        elif calibration is not None:
-            calibration = calibration.where(inputs.valid_calibration(calibration), float("nan"))
         rows, device = selection.finish(facts), targets.device
         responses = len(rows.lengths)
         if group_sizes is None:
-            size = group_size or 1
-            groups, sizes = GroupLayout.build(responses, size, None, device), [size] * (responses // size)
-        else:
-            check_group_sizes(sizes, responses)
-            groups = GroupLayout.ragged(send(sizes, device), max(sizes), responses)
-        calibration = inputs.group_calibration(calibration, groups, dtype)
-        return BatchLayout(rows, groups, sizes, send([0, *accumulate(sizes)], device), calibration)
+            sizes = [group_size or 1] * (responses // (group_size or 1))
+        check_group_sizes(sizes, responses)
+        if calibration is not None:
+            calibration = calibration.to(dtype)
+            if len(calibration) != len(sizes):
+                calibration = _group_layout(sizes, device).group_mean(calibration)
+        if not reads:
+            calibration = _nan_where_wrong(_group_layout(sizes, device), ref_logps, calibration, scores, dtype)
+        return BatchLayout(rows, sizes, send([0, *accumulate(sizes)], device), calibration)
+
+
+def _group_layout(sizes: list[int], device: torch.device) -> GroupLayout:
+    if min(sizes) == max(sizes):
+        return GroupLayout.build(sum(sizes), sizes[0], None, device)
+    return GroupLayout.ragged(send(sizes, device), max(sizes), sum(sizes))
+
+
+def _nan_where_wrong(
+    layout: GroupLayout,
+    ref_logps: Tensor | None,
+    calibration: Tensor | None,
+    scores: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """[G] the calibration (ones, if there is none), NaN for groups with a value that would have been refused."""
+    vectors = [each for each in (ref_logps, scores) if each is not None]
+    if calibration is None and not vectors:
+        return None
+    h = vectors[0].new_ones(layout.num_groups, dtype=dtype) if calibration is None else calibration
+    wrong = ~inputs.valid_calibration(h)
+    for each in vectors:
+        wrong = wrong | ~layout.pad(each).isfinite().all(1)
+    return h.masked_fill(wrong, float("nan"))

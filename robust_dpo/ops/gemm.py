@@ -39,8 +39,6 @@ def add_product(total: Tensor, z: Tensor, x: Tensor, factors: Tensor, *, first: 
 
     The factors ride on x, which is V/H times smaller than z.
     """
-    if len(x) == 0:
-        return
     rows = torch.empty_like(x)
     if total.dtype == x.dtype:
         torch.mul(x, factors[:, None], out=rows)
@@ -58,8 +56,7 @@ def add_product(total: Tensor, z: Tensor, x: Tensor, factors: Tensor, *, first: 
 def _add_in_slabs(total: Tensor, z: Tensor, x: Tensor, factors: Tensor, rows: Tensor, first: bool) -> None:
     """The same where torch cannot accumulate into a wider matrix, or where the factors do not fit into fp16."""
     # Unnormalised robust weights reach e³⁰, and fp16 ends at 65,504: the largest factor waits for the wide sum.
-    largest = factors.abs().amax()
-    largest = torch.where(largest == 0, 1.0, largest)
+    largest = _largest(factors)
     torch.mul(x, (factors / largest)[:, None], out=rows)
     for start in range(0, total.shape[0], _SLAB_ROWS):
         slab = total[start : start + _SLAB_ROWS]
@@ -75,6 +72,19 @@ def _add_in_slabs(total: Tensor, z: Tensor, x: Tensor, factors: Tensor, rows: Te
 
 def add_weighted_rows(total: Tensor, z: Tensor, factors: Tensor) -> None:
     """Add factorsᵀ z to `total` [V], accumulated in the dtype of `total`."""
+    if widens(z):
+        # Each factor as the sum of two numbers of half precision, between ±1: exact to 16 bits, in one product.
+        largest = _largest(factors)
+        high = (factors / largest).to(z.dtype)
+        low = (factors / largest - high).to(z.dtype)
+        total.addcmul_(torch.mm(torch.stack([high, low]), z, out_dtype=total.dtype).sum(0), largest)
+        return
     for start in range(0, len(total), _SLAB_ROWS):
         stop = start + _SLAB_ROWS
         total[start:stop] += factors @ z[:, start:stop].to(total.dtype)
+
+
+def _largest(factors: Tensor) -> Tensor:
+    """[] the largest magnitude, or 1 where there is none."""
+    largest = factors.abs().amax()
+    return torch.where(largest == 0, 1.0, largest)

@@ -56,6 +56,8 @@ class GemmHead(LinearHead):
         gradients: HeadGradients,
         start: int,
     ) -> None:
+        if len(x) == 0:
+            return
         z = self._tile(len(x), x.dtype)
         if gradients.hidden is not None and gradients.hidden_factors is not None:
             rows = slice(start, start + len(x))
@@ -63,9 +65,12 @@ class GemmHead(LinearHead):
             gradients.hidden_factors[rows] = coefficients
         if gradients.weight is not None:
             gemm.add_product(gradients.weight, z, x, coefficients, first=gradients.weight_is_empty)
-            gradients.weight_is_empty &= len(x) == 0
+            gradients.weight_is_empty = False
         if gradients.bias is not None:
             gemm.add_weighted_rows(gradients.bias, z, coefficients)
+
+    def release(self) -> None:
+        self._storage = self._storage.new_empty(0, 0)
 
     def _tile(self, rows: int, dtype: torch.dtype) -> Tensor:
         """[rows, V] of the workspace in a dtype that is no wider: softmax − onehot goes over the front of each row."""

@@ -125,6 +125,7 @@ class GroupedHead:
                 coefficients = self._rows.coefficients(per_response, None, v.logps.dtype)
                 for chunk in self._chunks:
                     self._second_look(chunk, coefficients, gradients)
+        self._engine.release()
         none = v.logps.new_empty
         shape = self._hidden.shape
         return GroupedResult(

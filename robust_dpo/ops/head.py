@@ -106,6 +106,10 @@ class LinearHead(ABC):
         Uses up the workspace.
         """
 
+    @abstractmethod
+    def release(self) -> None:
+        """Free the workspace; nothing is called after it."""
+
     @staticmethod
     @abstractmethod
     def hidden_dtype(dtype: torch.dtype) -> torch.dtype:

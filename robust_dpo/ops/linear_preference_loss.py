@@ -15,6 +15,7 @@ from robust_dpo.ops.autocast import autocast_dtype, autocast_off
 from robust_dpo.ops.batch_layout import BatchLayout
 from robust_dpo.ops.choose_head import hidden_gradient_dtype
 from robust_dpo.ops.chunking import chunk_rows
+from robust_dpo.ops.custom_op import custom_op
 from robust_dpo.ops.grouped_head import GroupedHead, GroupedResult, Reference
 from robust_dpo.ops.head import HeadWeights
 from robust_dpo.ops.objective import forget, name_objective, named, refuse_parameters
@@ -178,7 +179,7 @@ def _check_reference(
     return True
 
 
-@torch.library.custom_op("robust_dpo::linear_preference_loss", mutates_args=())
+@custom_op("robust_dpo::linear_preference_loss")
 def _operator(
     hidden: Tensor,
     weight: Tensor,

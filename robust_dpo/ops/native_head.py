@@ -66,3 +66,6 @@ class NativeHead(LinearHead):
             grad_weight=gradients.weight,
             grad_bias=gradients.bias,
         )
+
+    def release(self) -> None:
+        self._tile = None

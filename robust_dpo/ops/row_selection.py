@@ -83,7 +83,6 @@ class RowSelection:
         offsets = [0, *accumulate(lens)]
         seq_offsets = send(offsets, device)
         lengths = seq_offsets.diff()
-        sequence = torch.arange(len(lens), device=device).repeat_interleave(lengths, output_size=offsets[-1])
         if counted is not None:
             lengths = torch.cat([counted.new_zeros(1, dtype=torch.int64), counted.cumsum(0)])[seq_offsets].diff()
         return ResponseRows(
@@ -91,7 +90,6 @@ class RowSelection:
             width=self.targets.shape[1] if self.seq_lens is None else None,
             targets=flat.contiguous(),
             counted=counted,
-            sequence=sequence,
             lengths=lengths,
             seq_offsets=seq_offsets,
             offsets=offsets,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +21,6 @@ class ResponseRows:
         width: T of padded targets [B, T], or None for packed ones.
         targets: [N] int64 in [0, V).
         counted: [N] bool, False for rows without a target, or None where all have one.
-        sequence: [N] int64, the response of each row, ascending.
         lengths: [S] int64, targets of each response.
         seq_offsets: [S + 1] int64, `offsets` on the device.
         offsets: S + 1 row numbers on the host; response s has the rows offsets[s] … offsets[s + 1] − 1.
@@ -30,7 +30,6 @@ class ResponseRows:
     width: int | None
     targets: Tensor
     counted: Tensor | None
-    sequence: Tensor
     lengths: Tensor
     seq_offsets: Tensor
     offsets: list[int]
@@ -38,6 +37,12 @@ class ResponseRows:
     @property
     def count(self) -> int:
         return self.offsets[-1]
+
+    @functools.cached_property
+    def sequence(self) -> Tensor:
+        """[N] int64, the response of each row, ascending."""
+        responses = torch.arange(len(self.lengths), device=self.targets.device)
+        return responses.repeat_interleave(self.seq_offsets.diff(), output_size=self.count)
 
     def gather(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         """Rows start … stop − 1 of a tensor [B, T, …] or [N, …] of any strides, as the kernels take them.
@@ -109,15 +114,21 @@ def cut_rows(start: int, stop: int, size: int) -> tuple[tuple[int, int], ...]:
 
 
 def cut_groups(rows: ResponseRows, group_sizes: list[int], size: int) -> list[Chunk]:
-    """Chunks of whole groups with at most `size` rows; a larger group has a chunk of its own, in pieces."""
+    """Chunks of whole groups with at most `size` rows; a larger group has a chunk of its own, in pieces.
+
+    As few as possible and nearly equal: for its weight gradient a short one at the end costs as much as a full one.
+    """
     chunks: list[Chunk] = []
     group = sequence = 0
     while group < len(group_sizes):
         first_group, first_sequence = group, sequence
         start = rows.offsets[sequence]
+        left = rows.count - start
+        share = left / max(1, -(-left // size))
         while group < len(group_sizes):
             stop = rows.offsets[sequence + group_sizes[group]]
-            if stop - start > size and group > first_group:
+            begun = group > first_group
+            if begun and (stop - start > size or rows.offsets[sequence] - start >= share):
                 break
             sequence += group_sizes[group]
             group += 1

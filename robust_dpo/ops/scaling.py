@@ -14,14 +14,17 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     A weight gradient is as large as the head, so a copy is worth avoiding. Autograd frees saved tensors after a
     backward pass unless the graph is kept; a compiled backward is out-of-place and lets the compiler decide.
     """
-    keeps_graph = type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
+    if type(gradient) is not Tensor:
+        return (gradient * factor).to(dtype)
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
     return product(gradient, factor, dtype, reuse=not keeps_graph)
 
 
+@torch.no_grad()
 def product(gradient: Tensor, factor: Tensor, dtype: torch.dtype, *, reuse: bool) -> Tensor:
-    """The gradient times a factor, rounded once to `dtype`; in the memory of `gradient` with `reuse`."""
-    narrower = dtype.itemsize > gradient.dtype.itemsize
-    return (gradient.mul_(factor) if reuse and not narrower else gradient * factor).to(dtype)
+    """The gradient times a factor, read once, rounded once to `dtype`; with `reuse`, in its own memory if it can be."""
+    fits = reuse and gradient.dtype == dtype
+    return torch.mul(gradient, factor, out=gradient if fits else torch.empty_like(gradient, dtype=dtype))
 
 
 def first_order(operator: str, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

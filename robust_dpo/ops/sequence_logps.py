@@ -13,6 +13,7 @@ from robust_dpo.ops import inputs
 from robust_dpo.ops.autocast import autocast_dtype, autocast_off
 from robust_dpo.ops.choose_head import choose_head
 from robust_dpo.ops.chunking import chunk_rows
+from robust_dpo.ops.custom_op import custom_op
 from robust_dpo.ops.head import HeadWeights
 from robust_dpo.ops.logits_logps import logits_logps
 from robust_dpo.ops.logp_pass import Logps, fake_logps, logp_pass
@@ -94,6 +95,9 @@ def sequence_logps_from_logits(
 ) -> Tensor | SequenceLogps:
     """Log-prob of each response from logits, differentiable in them.
 
+    On a GPU nothing is read back: one launch takes all rows and skips those of ignored targets. The log-prob of a
+    response with a target outside of [0, V) is NaN there, and so are all where `seq_lens` do not add up.
+
     Args:
         logits: [B, T, V], one response in every row, or [N, V], packed, with `seq_lens`. fp32, bf16, fp16 or float64.
         targets: [B, T] or [N] int64, already shifted, −100 where ignored.
@@ -114,8 +118,10 @@ def sequence_logps_from_logits(
     softcap, logit_scale = inputs.check_logit_transform(softcap, logit_scale)
     max_rows = chunk_rows(logits.shape[-1], logits.dtype, logits.device, chunk_bytes, targets.numel())
     backend = inputs.check_backend(backend)
-    result = logits_logps(logits, targets, seq_lens, softcap, logit_scale, max_rows, backend, entropy)
-    return _select(result, per_token, entropy)
+    logps, token_logps, entropies, _ = logits_logps(
+        logits, targets, seq_lens, softcap, logit_scale, max_rows, backend, entropy
+    )
+    return _select((logps, token_logps, entropies), per_token, entropy)
 
 
 def _select(result: tuple[Tensor, Tensor, Tensor], per_token: bool, entropy: bool) -> Tensor | SequenceLogps:
@@ -125,7 +131,7 @@ def _select(result: tuple[Tensor, Tensor, Tensor], per_token: bool, entropy: boo
     return SequenceLogps(logps, token_logps, entropies if entropy else None)
 
 
-@torch.library.custom_op("robust_dpo::sequence_logps", mutates_args=())
+@custom_op("robust_dpo::sequence_logps")
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -158,7 +164,7 @@ def _fake_forward(hidden: Tensor, weight: Tensor, targets: Tensor, seq_lens: Ten
     return fake_logps(targets, seq_lens, torch.promote_types(rest[3], torch.float32), rest[-1])
 
 
-@torch.library.custom_op("robust_dpo::sequence_logps_backward", mutates_args=())
+@custom_op("robust_dpo::sequence_logps_backward")
 def _backward(
     grad_logps: Tensor | None,
     grad_token_logps: Tensor | None,
