@@ -1,7 +1,8 @@
-# make demo   the whole pipeline on a fresh machine: venv, install, then SFT, calibration, DPO against calibrated DPO
-# make test   venv, install with [dev], the whole test suite
-# make bench  benchmarks against peers
-# make lint   ruff and mypy
+# make demo     the whole pipeline on a fresh machine: venv, install, then SFT, calibration, DPO against calibrated DPO
+# make test     venv, install with [dev], the whole test suite, in a process for each core
+# make kernels  compile every Triton kernel in every form for every chip; no GPU is needed
+# make bench    benchmarks against peers
+# make lint     ruff and mypy
 #
 # The wheel of torch that is installed first; override it to pick another build: make demo TORCH="torch==2.13.0+cpu"
 TORCH ?= torch==2.13.0
@@ -17,14 +18,17 @@ VENV := .venv
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 PACKAGE := $(shell find robust_dpo/ kernels/ -type f -not -name '*.pyc' -not -name '*.so' -not -name '_build.json')
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test kernels bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(VENV)/bin/robust-dpo demo $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") --out "$(OUT)" $(ARGS)
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+
+kernels: $(VENV)/dev
+	$(VENV)/bin/python benchmarks/kernel_report.py
 
 bench: $(VENV)/bench
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -121,7 +121,7 @@ def test_row_kernels_are_hot_and_loop_over_global_memory(rows: list[Row]) -> Non
     assert any(report["loop_loads"] for report in hot)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_variant(tmp_path: Path, target: str) -> None:
     found, done = kernel_report(tmp_path, "--targets", target)
