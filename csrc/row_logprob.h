@@ -1,4 +1,4 @@
-// row_logprob on CPU: log-sum-exp and target log-prob of every row of a logits tile, and optionally its gradient in place.
+// row_logprob: log-sum-exp and target log-prob of every row of a logits tile, and optionally its gradient in place.
 //
 // Nothing here knows about torch: raw pointers, sizes, strides and dtype codes; the Python launcher allocates and checks.
 #pragma once
@@ -8,6 +8,9 @@
 namespace robust_dpo {
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// The target of a row that belongs to nobody: it is not read, its results are 0 and its gradient is 0.
+constexpr int64_t kIgnoreIndex = -100;
 
 // logits = softcap·tanh(scale·(z + bias)/softcap), without the tanh where softcap is 0.
 // "acc" below is double for float64 tiles and float for all others.
@@ -24,6 +27,7 @@ struct RowLogprobArgs {
     int64_t rows, vocab, tile_stride, grad_stride;
     double scale, softcap;
     Dtype tile_dtype, grad_dtype;
+    bool known;  // logp and lse are there already, and only the gradient is left to do; not on the CPU
 };
 
 // Rows [begin, end), one translation unit for each instruction set. Float64 tiles always take the generic one.

@@ -6,7 +6,7 @@
 
 namespace robust_dpo {
 
-// How a launch is cut (kernels/row_plan_cuda.py decides).
+// How a launch is cut (kernels/row_plan_cuda.py decides). Where the results are known, blocks neither keep nor exchange anything.
 struct RowPlan {
     int threads;   // of a block: a multiple of 32, at most kRowThreads
     int segments;  // blocks that share a row
@@ -18,7 +18,7 @@ struct RowPlan {
 constexpr int kRowThreads = 512;
 
 // Which part of row_logprob a launch does.
-enum class RowPhase : int { kWhole, kPartials, kFinish };
+enum class RowPhase : int { kWhole, kPartials, kFinish, kGradient };
 
 void row_logprob_cuda(const CudaTarget& target, const RowLogprobArgs& args, const RowPlan& plan);
 

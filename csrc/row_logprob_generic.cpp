@@ -88,6 +88,11 @@ struct Generic {
 void rows_float64(const RowLogprobArgs& a, int64_t begin, int64_t end) {
     const auto* bias = static_cast<const double*>(a.bias);
     for (int64_t i = begin; i < end; ++i) {
+        const int64_t target = a.targets[i];
+        if (target == kIgnoreIndex) {
+            ignore_row<double, double>(a, i);
+            continue;
+        }
         const double* z = static_cast<const double*>(a.tile) + i * a.tile_stride;
         const auto logit = [&](int64_t j) {
             return capped(a.scale * (bias == nullptr ? z[j] : z[j] + bias[j]), a.softcap);
@@ -95,7 +100,6 @@ void rows_float64(const RowLogprobArgs& a, int64_t begin, int64_t end) {
         ExpSums<double> sums;
         for (int64_t j = 0; j < a.vocab; ++j) sums.add(logit(j).value);
 
-        const int64_t target = a.targets[i];
         const bool inside = target >= 0 && target < a.vocab;
         const double logp = inside ? sums.logp(logit(target).value) : std::numeric_limits<double>::quiet_NaN();
         static_cast<double*>(a.logp)[i] = logp;

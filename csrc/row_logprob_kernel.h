@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 
 #include "element.h"
@@ -187,10 +188,25 @@ void row_gradient(const RowType& row, const Sums& sums, float row_scale, Out* ou
     }
 }
 
+// Results and gradient of a row of nobody, which is not read.
+template <class Accumulator, class Out>
+void ignore_row(const RowLogprobArgs& a, int64_t i) {
+    for (void* results : {a.logp, a.lse, a.entropy})
+        if (results != nullptr) static_cast<Accumulator*>(results)[i] = 0;
+    if (a.grad != nullptr)
+        std::memset(static_cast<void*>(static_cast<Out*>(a.grad) + i * a.grad_stride), 0,
+                    static_cast<size_t>(a.vocab) * sizeof(Out));
+}
+
 template <class Simd, class Tile, class Out, Transform kTransform>
 void rows_of(const RowLogprobArgs& a, int64_t begin, int64_t end) {
     using RowType = Row<Simd, Tile, kTransform>;
     for (int64_t i = begin; i < end; ++i) {
+        const int64_t target = a.targets[i];
+        if (target == kIgnoreIndex) {
+            ignore_row<float, Out>(a, i);
+            continue;
+        }
         const auto softcap = static_cast<float>(a.softcap);
         const RowType row{static_cast<const Tile*>(a.tile) + i * a.tile_stride,
                           static_cast<const float*>(a.bias),
@@ -199,7 +215,6 @@ void rows_of(const RowLogprobArgs& a, int64_t begin, int64_t end) {
                           softcap,
                           1.0f / softcap};
         const Sums sums = a.entropy == nullptr ? row_sums<Simd, RowType, false>(row) : row_sums<Simd, RowType, true>(row);
-        const int64_t target = a.targets[i];
         const bool inside = target >= 0 && target < a.vocab;
         double logp = std::numeric_limits<double>::quiet_NaN();
         float derivative = 0.0f;

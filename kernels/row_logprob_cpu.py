@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robust_dpo import _cpu
 from robust_dpo.errors import argument_error
-from robust_dpo.kernels.row_logprob import IGNORE_INDEX, RowLogprob, accumulation_dtype, check_arguments
+from robust_dpo.kernels.row_logprob import RowLogprob, accumulation_dtype, check_arguments
 
 ISA_VARIABLE = "ROBUST_DPO_CPU_ISA"
 # Codes of csrc/row_logprob.h.
@@ -89,14 +89,7 @@ def row_logprob(
         row_scale=_address(row_scale),
         threads=torch.get_num_threads(),
     )
-    result = RowLogprob(logp, lse, entropies)
-    ignored = targets == IGNORE_INDEX
-    if bool(ignored.any()):
-        # For the kernel such a target is one outside of the vocabulary.
-        for values in (*result, grad_out):
-            if values is not None:
-                values[ignored] = 0.0
-    return result if known is None else known
+    return RowLogprob(logp, lse, entropies) if known is None else known
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -9,7 +9,7 @@ from robust_dpo import _cuda
 from robust_dpo.errors import argument_error
 from robust_dpo.kernels.cuda_target import DTYPE_CODES, MAX_BLOCKS, address, cuda_target
 from robust_dpo.kernels.row_logprob import RowLogprob, check_arguments
-from robust_dpo.kernels.row_plan_cuda import RowPlan, chip_of, plan_rows
+from robust_dpo.kernels.row_plan_cuda import RowPlan, chip_of, plan_gradient, plan_rows
 
 _INT_MAX = 2**31 - 1
 # Numbers that a block leaves for the second launch where rows are split without a cluster.
@@ -26,19 +26,19 @@ def row_logprob(
     grad_out: Tensor | None = None,
     row_scale: Tensor | None = None,
     entropy: bool = False,
+    known: RowLogprob | None = None,
     plan: RowPlan | None = None,
 ) -> RowLogprob:
     """Token log-prob of every row, and its gradient in place; see `RowLogprobLauncher`.
 
-    A target outside of [0, V) gives logp NaN and a gradient without onehot. Results are the same bits in every call
-    with the same shapes, strides and alignment on the same chip. `plan` is for measurements and tests: another than
-    `plan_rows` would choose.
+    Results are the same bits in every call with the same shapes, strides and alignment on the same chip. `plan` is for
+    measurements and tests: another than `plan_rows` or `plan_gradient` would choose.
 
     Raises:
         ValueError: an argument is not as it says there, or a tile has more than 2³¹ − 1 columns or blocks.
         RuntimeError: CUDA refuses the launch, or an earlier launch has failed; names kernel and shape.
     """
-    check_arguments(logits, targets, bias, softcap, grad_out, row_scale)
+    check_arguments(logits, targets, bias, softcap, grad_out, row_scale, entropy, known)
     if logits.dtype == torch.float64:
         raise argument_error("logits", "dtype float32, bfloat16 or float16 for CUDA", logits.dtype)
     target = cuda_target("logits", logits)
@@ -48,16 +48,17 @@ def row_logprob(
     targets = targets.contiguous()
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     row_scale = None if row_scale is None else row_scale.detach().to(torch.float32).contiguous()
-    logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    result = RowLogprob(logp, torch.empty_like(logp), torch.empty_like(logp) if entropy else None)
+    if known is None:
+        logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
+        result = RowLogprob(logp, torch.empty_like(logp), torch.empty_like(logp) if entropy else None)
+    else:
+        result = RowLogprob(known.logp.contiguous(), known.lse.contiguous(), None)
     if plan is None:
-        narrowed = grad_out is not None and grad_out.itemsize < logits.itemsize
-        facts = {"gradient": grad_out is not None, "narrowed": narrowed}
-        plan = plan_rows(rows, vocab, logits.itemsize, **facts, chip=chip_of(logits.device))
+        plan = _plan(logits, grad_out, is_known=known is not None)
     if rows * plan.segments > MAX_BLOCKS:
         raise argument_error("logits", f"at most {MAX_BLOCKS} blocks of rows", rows * plan.segments)
     partials = None
-    if plan.segments > 1 and not plan.cluster:
+    if plan.segments > 1 and not plan.cluster and known is None:
         partials = torch.empty(rows, plan.segments, _PARTIALS, dtype=torch.float32, device=logits.device)
     _cuda.row_logprob(
         **target,
@@ -75,12 +76,21 @@ def row_logprob(
         bias=address(bias),
         softcap=0.0 if softcap is None else softcap,
         scale=logit_scale,
-        logp=logp.data_ptr(),
+        logp=result.logp.data_ptr(),
         lse=result.lse.data_ptr(),
         entropy=address(result.entropy),
         grad=address(grad_out),
         grad_dtype=DTYPE_CODES[logits.dtype if grad_out is None else grad_out.dtype],
         grad_stride=0 if grad_out is None else grad_out.stride(0),
         row_scale=address(row_scale),
+        known=known is not None,
     )
-    return result
+    return result if known is None else known
+
+
+def _plan(logits: Tensor, grad_out: Tensor | None, *, is_known: bool) -> RowPlan:
+    chip = chip_of(logits.device)
+    narrowed = grad_out is not None and grad_out.itemsize < logits.itemsize
+    if is_known:
+        return plan_gradient(*logits.shape, logits.itemsize, narrowed=narrowed, chip=chip)
+    return plan_rows(*logits.shape, logits.itemsize, gradient=grad_out is not None, narrowed=narrowed, chip=chip)

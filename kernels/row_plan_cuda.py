@@ -81,15 +81,29 @@ def plan_rows(rows: int, vocab: int, itemsize: int, *, gradient: bool, narrowed:
     fitting = [size for room in (half, whole) for size in sizes if row_bytes <= size * room] if gradient else []
     keep = bool(fitting)
     segments = fitting[0] if keep else 1
-    wanted = -(-BLOCKS_PER_MULTIPROCESSOR * chip.multiprocessors // max(rows, 1))
-    worthwhile = row_bytes // SEGMENT_BYTES
+    wanted = _worthwhile_segments(rows, row_bytes, chip)
     if chip.clusters and (keep or not narrowed):
-        while segments < MAX_CLUSTER and 2 * segments <= min(wanted, worthwhile):
+        while segments < MAX_CLUSTER and 2 * segments <= wanted:
             segments *= 2
-    elif not chip.clusters and not narrowed and min(wanted, worthwhile) > 1:
-        segments = min(wanted, worthwhile, MAX_SEGMENTS)
+    elif not chip.clusters and not narrowed and wanted > 1:
+        segments = min(wanted, MAX_SEGMENTS)
         return RowPlan(_threads(row_bytes, segments), segments)
     return RowPlan(_threads(row_bytes, segments), segments, cluster=segments > 1, keep=keep)
+
+
+def plan_gradient(rows: int, vocab: int, itemsize: int, *, narrowed: bool, chip: Chip) -> RowPlan:
+    """What suits the gradient of known results: every element is read once and written once, so nothing is kept and
+    blocks that share a row know nothing of each other. Arguments as in `plan_rows`.
+    """
+    row_bytes = vocab * itemsize
+    segments = 1 if narrowed else max(1, min(_worthwhile_segments(rows, row_bytes, chip), MAX_SEGMENTS))
+    return RowPlan(_threads(row_bytes, segments), segments)
+
+
+def _worthwhile_segments(rows: int, row_bytes: int, chip: Chip) -> int:
+    """Into how many parts a row may be cut to have blocks for all multiprocessors; 0 where a row is hardly one."""
+    wanted = -(-BLOCKS_PER_MULTIPROCESSOR * chip.multiprocessors // max(rows, 1))
+    return min(wanted, row_bytes // SEGMENT_BYTES)
 
 
 def _threads(row_bytes: int, segments: int) -> int:

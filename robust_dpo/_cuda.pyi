@@ -28,6 +28,7 @@ def row_logprob(
     grad_dtype: int,
     grad_stride: int,
     row_scale: int,
+    known: bool,
 ) -> None: ...
 def group_epilogue(
     *,

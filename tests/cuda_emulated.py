@@ -68,7 +68,7 @@ def build() -> Path:
 
         def compile_one(source: Path) -> str:
             output = f"{objects}/{source.name}.o"
-            command = [cxx, *FLAGS, *(f"-I{path}" for path in include), "-x", "c++", "-c", str(source), "-o", output]
+            command = [cxx, *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", output]
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
             return output
 
@@ -141,7 +141,8 @@ def row_logprob(
     logits: Tensor, targets: Tensor, *, plan: RowPlan | None, grad_out: Tensor | None = None, **options: Any
 ) -> RowLogprob:
     """row_logprob of CPU tensors, by a plan where it may be used."""
-    if plan is not None and not plan.keep and grad_out is not None and grad_out.itemsize < logits.itemsize:
+    kept = plan is not None and plan.keep and options.get("known") is None
+    if plan is not None and not kept and grad_out is not None and grad_out.itemsize < logits.itemsize:
         plan = RowPlan(plan.threads)  # several blocks would write what others have yet to read
     if plan is not None and plan.keep and logits.shape[1] * logits.itemsize > plan.segments * KEPT_BYTES:
         plan = RowPlan(plan.threads, 8, cluster=True, keep=True)
