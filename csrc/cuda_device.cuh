@@ -148,6 +148,11 @@ struct Elements<Float16> {
     }
 };
 
+template <class Out>
+__device__ __forceinline__ void store_element(Out* p, float x) {
+    Elements<Out>::store(p, x);
+}
+
 struct alignas(8) Vector8 {
     uint32_t words[2];
 };

@@ -19,15 +19,6 @@ __device__ __forceinline__ void store_result(const RowLogprobArgs& a, int64_t ro
     if constexpr (kEntropy) static_cast<float*>(a.entropy)[row] = result.entropy;
 }
 
-// Calls `write` with the row's gradient, as what it is.
-template <class Write>
-__device__ __forceinline__ void with_gradient(const RowLogprobArgs& a, int64_t row, const Write& write) {
-    const int64_t start = row * a.grad_stride;
-    if (a.grad_dtype == Dtype::kBFloat16) return write(static_cast<BFloat16*>(a.grad) + start);
-    if (a.grad_dtype == Dtype::kFloat16) return write(static_cast<Float16*>(a.grad) + start);
-    write(static_cast<float*>(a.grad) + start);
-}
-
 template <class Tile, bool kTransformed, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads, 2)
     row_logprob_kernel(const RowLogprobArgs a, const int segments, const bool keep, const RowPhase phase,
@@ -56,8 +47,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     if (target == kIgnoreIndex) {  // the same for all blocks of a cluster, so none waits for another
         if (phase == RowPhase::kPartials) return;
         if (phase != RowPhase::kGradient && rank == 0 && threadIdx.x == 0) store_result<kEntropy>(a, row, {});
-        if (a.grad != nullptr)
-            with_gradient(a, row, [&](auto* out) { write_zeros<kCount>(out, span, edge); });
+        if (a.grad != nullptr) write_zeros(GradientRow<kCount>(a, row, span), span, edge);
         return;
     }
     const auto* body = reinterpret_cast<const Vector16*>(tile + span.head);
@@ -101,7 +91,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     if (a.grad != nullptr) {
         const float row_scale = a.row_scale == nullptr ? 1.0f : static_cast<const float*>(a.row_scale)[row];
         const Gradient g{shift, row_scale / total, row_scale * target_minus_one};
-        with_gradient(a, row, [&](auto* out) { write_gradient(out, body, kept, span, edge, edge_z, g, logits); });
+        write_gradient(GradientRow<kCount>(a, row, span), body, kept, span, edge, edge_z, g, logits);
     }
     if (phase == RowPhase::kWhole && segments > 1) cluster_wait();
 }

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -58,13 +59,27 @@ def build() -> Path:
     digest = hashlib.sha256(b"\0".join(contents)).hexdigest()[:20]
     folder = Path(tempfile.gettempdir(), f"robust_dpo_cuda_emulated_{os.getuid()}")
     target = folder / f"_cuda_{digest}.so"
-    if target.exists():
-        return target
     folder.mkdir(mode=0o700, exist_ok=True)
-    include = [
-        f"-I{path}" for path in (ROOT / "csrc", ROOT / "tests", pybind11.get_include(), sysconfig.get_path("include"))
-    ]
-    with tempfile.TemporaryDirectory(dir=folder) as objects:
+    with _locked(folder / "lock"):  # processes of the same test run build it once
+        if not target.exists():
+            _compile(cxx, pybind11.get_include(), target)
+    return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl  # Linux has it, where alone this runs
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(cxx: str, pybind11_include: str, target: Path) -> None:
+    """The extension as `target`, in whose folder nothing older than a day is kept."""
+    places = (ROOT / "csrc", ROOT / "tests", pybind11_include, sysconfig.get_path("include"))
+    include = [f"-I{path}" for path in places]
+    with tempfile.TemporaryDirectory(dir=target.parent) as objects:
 
         def compile_one(source: Path) -> str:
             output = f"{objects}/{source.name}.o"
@@ -77,10 +92,9 @@ def build() -> Path:
         linked = Path(objects, "_cuda.so")
         subprocess.run([cxx, "-shared", *compiled, "-o", str(linked)], check=True)
         linked.replace(target)
-    for old in folder.glob("_cuda_*.so"):
-        if old != target:
+    for old in target.parent.glob("_cuda_*.so"):
+        if time.time() - old.stat().st_mtime > 86_400:
             old.unlink(missing_ok=True)
-    return target
 
 
 @functools.cache

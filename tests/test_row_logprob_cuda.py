@@ -13,10 +13,10 @@ import torch
 from cuda_emulated import ROW_PLANS, launcher_module, row_launchers, row_logprob
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_cases import Case, assert_within_budget, check_errors, dtype_id, make_case, poisoned, run, solved
+from row_cases import Case, assert_within_budget, check_errors, dtype_id, error, make_case, poisoned, run, solved
 from torch import Tensor
 
-from robust_dpo.kernels.row_logprob import RowLogprobLauncher
+from robust_dpo.kernels.row_logprob import IGNORE_INDEX, RowLogprob, RowLogprobLauncher
 from robust_dpo.kernels.row_plan_cuda import (
     BLOCKS_PER_MULTIPROCESSOR,
     MAX_CLUSTER,
@@ -24,6 +24,7 @@ from robust_dpo.kernels.row_plan_cuda import (
     SEGMENT_BYTES,
     Chip,
     RowPlan,
+    plan_gradient,
     plan_rows,
 )
 
@@ -152,6 +153,69 @@ def test_every_plan_and_place(
     assert_within_budget(result, tile, truth, [2e-6, 2e-6, 2e-5, 4 * torch.finfo(dtype).eps])
     assert (memory[:shift] == 123).all()
     assert (memory.as_strided((rows, padding), (vocab + padding, 1), shift + vocab) == 123).all()
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(0, 4),
+    vocab=st.integers(1, 700),
+    padding=st.integers(0, 9),
+    shift=st.integers(0, 9),
+    threads=st.integers(1, 5),
+    segments=st.integers(1, 8),
+    transform=st.sampled_from(["plain", "all"]),
+    dtypes=st.sampled_from([*zip(DTYPES, DTYPES, strict=True), *((torch.float32, narrow) for narrow in DTYPES[1:])]),
+)
+def test_gradient_of_known_results_by_every_plan_and_place(
+    rows: int,
+    vocab: int,
+    padding: int,
+    shift: int,
+    threads: int,
+    segments: int,
+    transform: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    dtype, grad_dtype = dtypes
+    case = make_case(dtype, rows, vocab, transform)
+    logp, lse, _, truth = case.plain(torch.float64)
+    ignored = torch.rand(rows) < 0.3
+    case.targets[ignored] = IGNORE_INDEX
+    truth[ignored] = 0.0
+    tile, memory = placed(case.logits, vocab + padding, shift, dtype)
+    tile.copy_(case.logits.detach())
+    tile[ignored] = float("nan")
+    phase = shift * (dtype.itemsize // grad_dtype.itemsize)
+    stride = (vocab + padding) * (dtype.itemsize // grad_dtype.itemsize)
+    over = memory.view(grad_dtype).as_strided((rows, vocab), (stride, 1), phase)
+    outside = torch.ones_like(memory, dtype=torch.bool)
+    outside.as_strided(tile.shape, tile.stride(), shift).fill_(False)
+    known = RowLogprob(logp.float(), lse.float(), None)
+    row_logprob(
+        tile,
+        case.targets,
+        plan=RowPlan(32 * threads, segments),
+        grad_out=over,
+        known=known,
+        **case.options(),  # type: ignore[arg-type]  # a table of mixed options
+    )
+    # e^{v − lse} has the rounding of v and lse, absolutely.
+    magnitude = max(1.0, float(lse.abs().max()) if rows else 1.0) * max(
+        1.0, float(case.row_scale.abs().max()) if rows else 1.0
+    )
+    largest = float(truth.abs().max()) if rows else 0.0
+    assert error(over, truth) <= torch.finfo(grad_dtype).eps * largest + 8 * torch.finfo(torch.float32).eps * magnitude
+    assert (over[ignored] == 0).all()
+    assert (memory[outside] == 123).all()
+
+
+def test_plans_of_gradients() -> None:
+    for chip in (A100, H100, RTX_5090):
+        assert plan_gradient(2048, 128256, 2, narrowed=False, chip=chip) == RowPlan(512)
+        assert plan_gradient(4, 10**6, 4, narrowed=True, chip=chip) == RowPlan(512)
+        few = plan_gradient(4, 128256, 2, narrowed=False, chip=chip)
+        assert 4 * few.segments >= 60 and not few.keep and not few.cluster
+        assert plan_gradient(1, 5, 2, narrowed=False, chip=chip) == RowPlan(128)
 
 
 def test_repeated_calls_give_the_same_bits(launcher: RowLogprobLauncher) -> None:
