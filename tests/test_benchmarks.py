@@ -439,6 +439,8 @@ def run_microbenchmarks(*arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "-q", "-rs", *sizes, *arguments],
         cwd=BENCHMARKS.parent,
+        # What this pytest tells its own workers is not for that one: under xdist it would not measure.
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         capture_output=True,
         text=True,
         timeout=300,

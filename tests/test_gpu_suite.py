@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from robust_dpo import backends
 from robust_dpo.bench import catalogue, implementation, main, preflight, smoke, suite
 from robust_dpo.bench import compare as compare_module
 from robust_dpo.bench import machine as machine_module
@@ -46,6 +47,7 @@ from robust_dpo.errors import DataError
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_suite.py"
 CPU = torch.device("cpu")
+GPU_OR_CPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = Shape(vocab=97, width=16, sequences=4, tokens=4, prompt=0)
 PNG = b"\x89PNG"
 # Many tiny operators: see the fixture.
@@ -581,9 +583,34 @@ def test_preflight_that_was_not_finished_is_tried_again(tmp_path, monkeypatch) -
     assert store.preflight["tests"]["status"] == "passed" and not outcomes
 
 
-@pytest.mark.parametrize("group_size", [2, 4])
-def test_smoke_script_runs_every_operator(group_size) -> None:
-    smoke.exercise(CPU, 31, torch.float32, group_size)
+def test_smoke_script_runs_every_operator() -> None:
+    smoke.exercise(CPU)
+
+
+@pytest.mark.parametrize("path", smoke.HEAD_PATHS, ids=lambda path: f"V={path.vocab}-{path.dtype}")
+def test_smoke_paths_run_through_triton(path) -> None:
+    if not backends()["triton"].usable:
+        pytest.skip("Triton runs neither on this device nor interpreted")
+    smoke.run_head(GPU_OR_CPU, path, "triton")
+
+
+def test_smoke_shapes_reach_the_kernels_they_are_for() -> None:
+    """A chip of 132 multiprocessors: H100, H200."""
+    row_launch = pytest.importorskip("robust_dpo.kernels.row_launch", reason="needs Triton")
+    epilogue = importlib.import_module("robust_dpo.kernels.group_epilogue_triton")
+    for itemsize, read_twice in itertools.product((2, 4), (True, False)):
+        shape = row_launch.launch_shape(smoke.SPLIT_ROWS, smoke.SPLIT_VOCAB, itemsize, 132, read_twice=read_twice)
+        assert shape.segments > 1
+    assert smoke.MANY_TOKENS > epilogue.ROWS_OF_LAST_PROGRAM
+    rows = smoke.SEQUENCES * (smoke.TOKENS - smoke.PROMPT)
+    assert rows > smoke.HEAD_CHUNK_ROWS >= smoke.TOKENS * max(path.group_size for path in smoke.HEAD_PATHS) / 2
+
+
+def test_smoke_refuses_what_is_not_finite() -> None:
+    smoke.require_finite("fine", torch.ones(2))
+    for results in ((None,), (torch.ones(2), torch.tensor([1.0, float("nan")])), (torch.tensor(float("inf")),)):
+        with pytest.raises(RuntimeError, match="x: a result is missing or not finite"):
+            smoke.require_finite("x", *results)
 
 
 def test_no_measurements_no_plots(tmp_path) -> None:
