@@ -15,8 +15,8 @@ from robust_dpo.bench.solution import TokenLogps
 # Of the loss, and of the gradients, which are rounded to bf16 at the end (2e-3) whatever the tile.
 _OF_WIDE_INPUTS = (1e-3, 1e-3)
 _OF_WIDE_TILE = (1e-3, 5e-3)
-# What every narrow tile may be off by, and in how many times the expected error, where that is more: the loss is a
-# random sum (0.8 times on average, so 3 are hardly ever reached), the gradients are never above 0.8 times.
+# What every narrow tile may be off by, and how many times the expected error, where that is more. The loss is a random
+# sum, about as far off as expected on average, so hardly ever 3 times; the gradients' estimate is an upper bound.
 _OF_NARROW_TILE = (1.5e-2, 3e-2)
 _TIMES_EXPECTED = (3.0, 1.5)
 
