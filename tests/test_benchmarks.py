@@ -18,6 +18,7 @@ from rich.console import Console
 
 import robust_dpo
 from robust_dpo.bench import memory, tables
+from robust_dpo.bench.compare import wrong_results
 from robust_dpo.bench.floor import PRODUCTS, Floor, Operands, routes
 from robust_dpo.bench.implementation import Bound
 from robust_dpo.bench.machine import describe_machine
@@ -26,6 +27,7 @@ from robust_dpo.bench.processes import main as head_cpu
 from robust_dpo.bench.processes.workers import Worker, WorkerError
 from robust_dpo.bench.record import Record, Role, Row
 from robust_dpo.bench.registry import IMPLEMENTATIONS
+from robust_dpo.bench.rounding import Rounding, head_limits, rounding_of_logits
 from robust_dpo.bench.solution import relative_error, solve, token_logps
 from robust_dpo.bench.timing import Run, Stopwatch, in_turns
 
@@ -164,6 +166,45 @@ def test_implementations_agree_with_float64(name, dtype, variant) -> None:
     errors = exact.errors(loss, dhidden, dweight)
     assert set(errors) == {"loss", "dhidden", "dweight"} - ({"dweight"} if "frozen" in variant else set())
     assert max(errors.values()) < budget
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live", "cached"])
+@pytest.mark.parametrize("group_size", [2, 4], ids=["pairs", "lists"])
+def test_rounding_of_logits_is_foreseen(group_size, live) -> None:
+    """Errors of PyTorch with a bf16 tile, over several problems, are as large as expected, and within the limits."""
+    plain, shape = IMPLEMENTATIONS["plain"], Shape(2048, 64, 8, 64, prompt=0, group_size=group_size)
+    losses, gradients = [], []
+    for seed in range(6):
+        problem = make_problem(shape, torch.bfloat16, seed)
+        tokens = token_logps(problem)
+        if not live:
+            problem = problem.with_cached_reference(tokens.per_sequence(tokens.ref_logp))
+        expected = rounding_of_logits(problem, tokens, torch.bfloat16)
+        bound = Bound.to(plain, problem)
+        errors = solve(problem, tokens).errors(bound.step(), *bound.gradients())
+        assert wrong_results(errors, head_limits(plain, torch.bfloat16, expected)) is None
+        losses.append(errors["loss"] / expected.loss)
+        gradients.append(max(errors["dhidden"], errors["dweight"]) / expected.gradient)
+    assert 0.2 < (sum(ratio**2 for ratio in losses) / len(losses)) ** 0.5 < 2
+    assert min(gradients) > 0.2 and max(gradients) < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "limits"),
+    [
+        ("plain", torch.float32, (1e-3, 1e-3)),
+        ("ours_fp32_tile", torch.bfloat16, (1e-3, 5e-3)),
+        ("plain", torch.bfloat16, (1.5e-2, 3e-2)),
+        ("ours", torch.bfloat16, (1.5e-2, 3e-2)),
+    ],
+    ids=str,
+)
+def test_limits_follow_the_tile(name, dtype, limits) -> None:
+    loss, gradient = limits
+    small = head_limits(IMPLEMENTATIONS[name], dtype, Rounding(1e-4, 1e-4))
+    assert small == {"loss": loss, "dhidden": gradient, "dweight": gradient}
+    large = head_limits(IMPLEMENTATIONS[name], dtype, Rounding(1e-2, 4e-2))
+    assert (large == small) == (loss < 1e-2)
 
 
 def test_obstacles_name_the_reason() -> None:
@@ -439,6 +480,8 @@ def run_microbenchmarks(*arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "-q", "-rs", *sizes, *arguments],
         cwd=BENCHMARKS.parent,
+        # What this pytest tells its own workers is not for that one: under xdist it would not measure.
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         capture_output=True,
         text=True,
         timeout=300,

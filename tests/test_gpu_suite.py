@@ -19,13 +19,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from robust_dpo.bench import catalogue, implementation, main, preflight, smoke, suite
+from robust_dpo import backends
+from robust_dpo.bench import catalogue, implementation, main, preflight, report, smoke, suite
 from robust_dpo.bench import compare as compare_module
 from robust_dpo.bench import machine as machine_module
 from robust_dpo.bench.budget import Budget, OutOfTime, Pace
 from robust_dpo.bench.cases.base import Case
 from robust_dpo.bench.cases.epilogue import EpilogueCase
 from robust_dpo.bench.cases.head import HeadCase
+from robust_dpo.bench.cases.row_shapes import RowShapesCase, label, shapes_around
 from robust_dpo.bench.compare import OUT_OF_TIME, Candidate, Opened, compare, wrong_results
 from robust_dpo.bench.implementation import Implementation
 from robust_dpo.bench.machine import describe_machine
@@ -39,13 +41,14 @@ from robust_dpo.bench.registry import choose
 from robust_dpo.bench.report import headline, results_markdown
 from robust_dpo.bench.store import Store, run_key
 from robust_dpo.bench.suite import run_suite
-from robust_dpo.bench.timing import Run
+from robust_dpo.bench.timing import Run, Stopwatch
 from robust_dpo.bench.workbench import DeviceLost, Workbench
 from robust_dpo.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_suite.py"
 CPU = torch.device("cpu")
+GPU_OR_CPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = Shape(vocab=97, width=16, sequences=4, tokens=4, prompt=0)
 PNG = b"\x89PNG"
 # Many tiny operators: see the fixture.
@@ -445,16 +448,77 @@ def test_catalogue_has_what_was_promised() -> None:
     heads = {
         (case.shape.response_rows, case.shape.width, case.shape.vocab, case.kind, case.train_head, case.live)
         for case in cases
-        if isinstance(case, HeadCase) and not case.chunks and not case.compiled
+        if isinstance(case, HeadCase) and not (case.chunks or case.compiled or case.shape.prompt_tokens)
     }
     shapes = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 896, 151936), (4096, 4096, 32000)]
     variants = itertools.product(shapes, ("pairs", "lists of 4"), (True, False), (True, False))
     assert heads == {(*shape, *variant) for shape, *variant in variants}
     # What has a target comes before everything else.
     assert {case.group for case in cases[:7]} == {"ceilings", "head", "rows", "logits", "epilogue"}
+    padded = [case.shape for case in cases if isinstance(case, HeadCase) and case.shape.prompt_tokens]
+    assert [(shape.prompt_tokens / shape.tokens, shape.response_rows) for shape in padded] == [(0.5, 8192)]
     for case in catalogue.cpu_cases() + catalogue.quick_cases():
         assert case.cost > 0
-    assert {case.group for case in catalogue.cpu_cases()} == {case.group for case in cases}
+    # Launch shapes are of Triton.
+    assert {case.group for case in catalogue.cpu_cases()} == {case.group for case in cases} - {"shapes"}
+    assert {case.group for case in cases} == set(report.GROUPS)
+
+
+def test_a_tile_that_is_the_default_is_not_measured_twice() -> None:
+    bf16 = {each.name: each.devices for each in choose("all") if each.ours}
+    assert "cuda" not in bf16["ours_bf16_tile"] and {"cpu", "cuda"} == bf16["ours_fp32_tile"] == bf16["ours"]
+
+
+@pytest.mark.parametrize("read_twice", [True, False], ids=["gradient", "logp"])
+@pytest.mark.parametrize(("rows", "vocab"), [(2048, 128256), (1024, 256000), (64, 128256), (7, 31)])
+def test_launch_shapes_are_tried_around_the_chosen_one(rows, vocab, read_twice) -> None:
+    row_launch = pytest.importorskip("robust_dpo.kernels.row_launch", reason="needs Triton")
+    chosen = row_launch.launch_shape(rows, vocab, 2, 132, read_twice=read_twice)
+    shapes = shapes_around(chosen, 132)
+    assert shapes[0] == chosen and len(set(shapes)) == len(shapes) <= 10
+    assert {shape.threads for shape in shapes} == set(row_launch.THREADS)
+    for shape in shapes:
+        assert 1 <= shape.segments <= row_launch.MAX_SEGMENTS
+        assert shape.segments == 1 or (shape.threads, shape.programs) == (row_launch.SPLIT_THREADS, None)
+        assert shape.programs is None or (shape.programs > 0 and shape.threads == max(row_launch.THREADS))
+    assert len({label(shape, chosen) for shape in shapes}) == len(shapes)
+
+
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "logp"])
+def test_every_launch_shape_gives_the_right_results(gradient) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs the interpreter, which is for machines without a GPU")
+    record = RowShapesCase(3, 20_011, gradient=gradient).measure(bench())
+    assert record.complete and len(record.rows) > 6
+    for row in record.rows:
+        assert row.failure is None and row.seconds, f"{row.name}: {row.failure}"
+    chosen = [row for row in record.rows if row.name.endswith("(chosen)")]
+    assert len(chosen) == 1 and chosen[0].parameters["threads"] in (256, 512, 1024)
+    assert set(record.rows[1].errors) == {"logp"} | ({"gradient"} if gradient else set())
+
+
+def test_a_gpu_is_busy_and_its_cache_read_before_a_call_is_timed(monkeypatch) -> None:
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def elapsed_time(self, end) -> float:
+            return 3.0
+
+    class Buffer:
+        def amax(self) -> None:
+            order.append("read")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    assert Stopwatch(CPU)._between_events(lambda: order.append("call"), Buffer()) == 3e-3
+    assert order == ["read", "sleep", "event", "call", "event", "wait"]
 
 
 def test_epilogue_of_triton_agrees_in_the_interpreter() -> None:
@@ -581,9 +645,34 @@ def test_preflight_that_was_not_finished_is_tried_again(tmp_path, monkeypatch) -
     assert store.preflight["tests"]["status"] == "passed" and not outcomes
 
 
-@pytest.mark.parametrize("group_size", [2, 4])
-def test_smoke_script_runs_every_operator(group_size) -> None:
-    smoke.exercise(CPU, 31, torch.float32, group_size)
+def test_smoke_script_runs_every_operator() -> None:
+    smoke.exercise(CPU)
+
+
+@pytest.mark.parametrize("path", smoke.HEAD_PATHS, ids=lambda path: f"V={path.vocab}-{path.dtype}")
+def test_smoke_paths_run_through_triton(path) -> None:
+    if not backends()["triton"].usable:
+        pytest.skip("Triton runs neither on this device nor interpreted")
+    smoke.run_head(GPU_OR_CPU, path, "triton")
+
+
+def test_smoke_shapes_reach_the_kernels_they_are_for() -> None:
+    """A chip of 132 multiprocessors: H100, H200."""
+    row_launch = pytest.importorskip("robust_dpo.kernels.row_launch", reason="needs Triton")
+    epilogue = importlib.import_module("robust_dpo.kernels.group_epilogue_triton")
+    for itemsize, read_twice in itertools.product((2, 4), (True, False)):
+        shape = row_launch.launch_shape(smoke.SPLIT_ROWS, smoke.SPLIT_VOCAB, itemsize, 132, read_twice=read_twice)
+        assert shape.segments > 1
+    assert smoke.MANY_TOKENS > epilogue.ROWS_OF_LAST_PROGRAM
+    rows = smoke.SEQUENCES * (smoke.TOKENS - smoke.PROMPT)
+    assert rows > smoke.HEAD_CHUNK_ROWS >= smoke.TOKENS * max(path.group_size for path in smoke.HEAD_PATHS) / 2
+
+
+def test_smoke_refuses_what_is_not_finite() -> None:
+    smoke.require_finite("fine", torch.ones(2))
+    for results in ((None,), (torch.ones(2), torch.tensor([1.0, float("nan")])), (torch.tensor(float("inf")),)):
+        with pytest.raises(RuntimeError, match="x: a result is missing or not finite"):
+            smoke.require_finite("x", *results)
 
 
 def test_no_measurements_no_plots(tmp_path) -> None:

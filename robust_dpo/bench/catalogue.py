@@ -14,14 +14,17 @@ from robust_dpo.bench.cases.epilogue import EpilogueCase
 from robust_dpo.bench.cases.head import HeadCase
 from robust_dpo.bench.cases.logits import LogitsCase
 from robust_dpo.bench.cases.row_kernel import RowCase
+from robust_dpo.bench.cases.row_shapes import RowShapesCase
 from robust_dpo.bench.problem import Shape
 
-# Response rows in sequences of 512 tokens, so that N is S x 512. Prompt rows are left out: whoever drops them before
-# the head is not favoured.
+# Response rows in sequences of 512 tokens, so that N is S x 512. Prompt rows are left out, but in `PADDED`: whoever
+# drops them before the head is not favoured.
 LLAMA = Shape(vocab=128256, width=4096, sequences=16, tokens=512, prompt=0)
 GEMMA = Shape(vocab=256000, width=2304, sequences=16, tokens=512, prompt=0)
 QWEN = Shape(vocab=151936, width=896, sequences=32, tokens=512, prompt=0)
 SMALL = Shape(vocab=32000, width=4096, sequences=8, tokens=512, prompt=0)
+# Every response behind a prompt of its own length: rows are picked out of the hidden states, and gradients put back.
+PADDED = replace(LLAMA, tokens=1024, prompt=512)
 # For a CPU: a step of the products takes a tenth of a second on four cores.
 LAPTOP = Shape(vocab=32768, width=512, sequences=8, tokens=64, prompt=0)
 TINY = Shape(vocab=211, width=32, sequences=8, tokens=8, prompt=0)
@@ -52,9 +55,16 @@ def gpu_cases() -> list[Case]:
         LogitsCase(2048, 128256, backward=True),
         EpilogueCase(),
         *near,
+        HeadCase(PADDED),
         HeadCase(first, chunks=(1024, 2048, 4096, 8192)),
         ProductCase(first.width, first.vocab),
         *(RowCase(2048, vocab, gradient=gradient) for vocab in vocabs for gradient in (True, False)),
+        # A chunk of the head, its fp32 tile, forward only, and few rows.
+        RowShapesCase(2048, 128256, gradient=True),
+        RowShapesCase(1024, 256000, gradient=True),
+        RowShapesCase(1024, 128256, torch.float32, gradient=True),
+        RowShapesCase(2048, 128256),
+        RowShapesCase(64, 128256, gradient=True),
         LogitsCase(2048, 128256),
         CalibrationCase(),
         *far,
@@ -79,6 +89,7 @@ def cpu_cases() -> list[Case]:
         EpilogueCase(),
         HeadCase(replace(LAPTOP, group_size=4)),
         HeadCase(LAPTOP, train_head=False),
+        HeadCase(replace(LAPTOP, tokens=2 * LAPTOP.tokens, prompt=LAPTOP.tokens)),
         HeadCase(LAPTOP, chunks=chunks),
         ProductCase(LAPTOP.width, LAPTOP.vocab, chunks),
         CalibrationCase(),
@@ -94,6 +105,7 @@ def quick_cases() -> list[Case]:
         CeilingCase(1 << 20, 64),
         *head_variants((TINY,))[:4],
         HeadCase(replace(TINY, group_size=4), torch.float32, live=True, train_head=False),
+        HeadCase(replace(TINY, prompt=4)),
         HeadCase(TINY, chunks=(8, 16, 64)),
         ProductCase(TINY.width, TINY.vocab, (16, 64)),
         RowCase(17, 1031, gradient=True),

@@ -45,6 +45,7 @@ class Implementation:
         compiles_on: types of device where it runs through torch.compile, which takes a minute before the first result.
         dtypes: input dtypes that it is measured at.
         devices: types of device that it runs on.
+        tile_dtype: that logits surely have when they meet the softmax; None: maybe that of the inputs.
         ours: whether it is of this package.
     """
 
@@ -59,6 +60,7 @@ class Implementation:
     compiles_on: frozenset[str] = frozenset()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     devices: frozenset[str] = ANYWHERE
+    tile_dtype: torch.dtype | None = None
     ours: bool = False
 
     @property

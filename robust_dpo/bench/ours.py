@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_dpo.bench.implementation import Builder, Implementation, LossFunction, add
+from robust_dpo.bench.implementation import ANYWHERE, CPU_ONLY, Builder, Implementation, LossFunction, add
 from robust_dpo.bench.problem import Problem
 
 OURS = "ours"
@@ -38,14 +38,31 @@ def ours(problem: Problem, **options: Any) -> LossFunction:
     return loss
 
 
-def ours_with(name: str, *, dtypes: tuple[torch.dtype, ...] | None = None, **options: Any) -> Implementation:
+def ours_with(
+    name: str,
+    *,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+    devices: frozenset[str] = ANYWHERE,
+    tile_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Implementation:
     """A variant with options of `linear_preference_loss`."""
-    build: Builder = functools.partial(ours, **options)
-    dtypes = (torch.float32, torch.bfloat16) if dtypes is None else dtypes
-    return Implementation(name, build, "robust_dpo", "robust_dpo", dtypes=dtypes, ours=True)
+    build: Builder = functools.partial(ours, tile_dtype=tile_dtype, **options)
+    return Implementation(
+        name,
+        build,
+        "robust_dpo",
+        "robust_dpo",
+        dtypes=dtypes,
+        devices=devices,
+        tile_dtype=tile_dtype,
+        ours=True,
+    )
 
 
+_BF16 = (torch.bfloat16,)
 add(ours_with(OURS))
-add(ours_with("ours_fp32_tile", dtypes=(torch.bfloat16,), tile_dtype=torch.float32))
-add(ours_with("ours_bf16_tile", dtypes=(torch.bfloat16,), tile_dtype=torch.bfloat16))
+add(ours_with("ours_fp32_tile", dtypes=_BF16, tile_dtype=torch.float32))
+# On a GPU a tile has the dtype of the inputs anyway.
+add(ours_with("ours_bf16_tile", dtypes=_BF16, devices=CPU_ONLY, tile_dtype=torch.bfloat16))
 add(ours_with("ours_torch", backend="torch"))

@@ -14,6 +14,7 @@ GROUPS = {
     "chunks": "Chunk size",
     "products": "Products of the head",
     "rows": "row_logprob",
+    "shapes": "Launch shapes of row_logprob",
     "logits": "Logits route",
     "epilogue": "group_epilogue",
     "calibration": "calibration_weights",

@@ -29,6 +29,8 @@ from robust_dpo.bench.problem import IGNORE
 from robust_dpo.dispatch import get_row_logprob
 
 WIDTH, SEQUENCES, TOKENS, PROMPT = 32, 8, 9, 3
+# Half of the 48 response rows: the second chunk adds to what the first has left.
+HEAD_CHUNK_ROWS = 24
 # Few rows and four segments of 16 KiB in each: several programs share a row. Odd, so that rows begin anywhere.
 SPLIT_ROWS, SPLIT_VOCAB = 3, 40_009
 # More rows than the last program of group_epilogue writes by itself (8,192).
@@ -92,8 +94,7 @@ def run_head(device: torch.device, path: HeadPath, backend: str = "auto") -> Non
         robust=path.robust,
         calibration=source.normal(SEQUENCES // path.group_size).abs(),
         softcap=path.softcap,
-        # Two chunks: the second adds to what the first has left.
-        chunk_bytes=24 * path.vocab * path.dtype.itemsize,
+        chunk_bytes=HEAD_CHUNK_ROWS * path.vocab * (path.tile_dtype or path.dtype).itemsize,
         tile_dtype=path.tile_dtype,
         backend=backend,
     )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from robust_dpo.bench.cases.base import HEAD_LIMIT, Case, dtype_name
+from robust_dpo.bench.cases.base import Case, dtype_name
 from robust_dpo.bench.compare import Candidate, Opened, compare
 from robust_dpo.bench.floor import Floor
 from robust_dpo.bench.implementation import Bound, Implementation
 from robust_dpo.bench.ours import ours_with
 from robust_dpo.bench.problem import Problem, Shape, shape_dict
 from robust_dpo.bench.record import Record, Role, Row
+from robust_dpo.bench.rounding import Rounding, head_limits, rounding_of_logits
 from robust_dpo.bench.solution import Objective, Solution, TokenLogps, describe, solve
 from robust_dpo.bench.timing import Run
 from robust_dpo.bench.workbench import Workbench
@@ -76,9 +78,10 @@ class HeadCase(Case):
     def title(self) -> str:
         s = self.shape
         sweep = ", chunk sizes" if self.chunks else ""
+        padded = f", {s.prompt_tokens} of {s.tokens} tokens are prompt" if s.prompt_tokens else ""
         return (
             f"Head, N = {s.response_rows}, H = {s.width}, V = {s.vocab}, {dtype_name(self.dtype)}: {self.kind}, "
-            f"{self.reference}, {self.training}{sweep}"
+            f"{self.reference}, {self.training}{padded}{sweep}"
         )
 
     @property
@@ -101,7 +104,10 @@ class HeadCase(Case):
         if not self.live:
             problem = problem.with_cached_reference(tokens.per_sequence(tokens.ref_logp))
         exact = _Exact(problem, tokens)
-        details: dict[str, Any] = {"data": describe(problem, exact.of("preference"))}
+        details: dict[str, Any] = {
+            "data": describe(problem, exact.of("preference")),
+            "rounding": exact.rounding._asdict(),
+        }
         if self.chunks:
             candidates = self._sweep(problem, exact, bench)
         else:
@@ -155,6 +161,15 @@ class _Exact:
             self._found[objective] = solve(self._problem, self._tokens, objective=objective, **limits)
         return self._found[objective]
 
+    @functools.cached_property
+    def rounding(self) -> Rounding:
+        """What a narrow tile does to the results."""
+        return rounding_of_logits(self._problem, self._tokens, self._problem.dtype)
+
+    def limits(self, implementation: Implementation) -> dict[str, float]:
+        """The largest error of each result that is right."""
+        return head_limits(implementation, self._problem.dtype, self.rounding)
+
     @property
     def sentence(self) -> str:
         solution = self.of("preference")
@@ -186,8 +201,7 @@ def _candidate(implementation: Implementation, problem: Problem, exact: _Exact) 
     row = Row(implementation.name, Role.OURS if implementation.ours else Role.PEER, version=implementation.version)
     if implementation.objective == "cross_entropy":
         row.note = "cross-entropy instead"
-    limit = HEAD_LIMIT[problem.dtype]
-    return Candidate(row, open_, {"loss": limit, "dhidden": limit, "dweight": limit})
+    return Candidate(row, open_, exact.limits(implementation))
 
 
 def _floor(

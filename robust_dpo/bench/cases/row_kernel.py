@@ -15,6 +15,7 @@ from robust_dpo.bench.solution import relative_error
 from robust_dpo.bench.timing import Run
 from robust_dpo.bench.workbench import Workbench
 from robust_dpo.dispatch import ROW_LOGPROB, get_row_logprob
+from robust_dpo.kernels.row_logprob import RowLogprobLauncher
 
 # Width of the states that the tile is the product of; it changes nothing but how the logits look.
 _WIDTH = 64
@@ -92,8 +93,8 @@ class RowCase(Case):
         pristine, targets = make_tile(self.rows, self.vocab, self.dtype, bench.device, bench.seed)
         exact, tile = ExactRows.of(pristine, targets), torch.empty_like(pristine)
         candidates = [copy_floor(self.traffic, pristine, tile)]
-        for name in backends_for(ROW_LOGPROB, bench.device, self.dtype):
-            candidates.append(self._candidate(name, pristine, tile, targets, exact, bench))
+        for row, launch in self.launchers(bench):
+            candidates.append(self._candidate(row, launch, pristine, tile, targets, exact))
         complete = compare(candidates, bench, self.name, rounds=2 * bench.rounds, warmups=3)
         return Record(
             self.name,
@@ -107,11 +108,23 @@ class RowCase(Case):
             complete=complete,
         )
 
+    def launchers(self, bench: Workbench) -> list[tuple[Row, RowLogprobLauncher]]:
+        """What is compared, each with the row that its measurements go into."""
+        return [
+            (Row(name, Role.PEER if name == "torch" else Role.OURS), get_row_logprob(name, bench.device, self.dtype))
+            for name in backends_for(ROW_LOGPROB, bench.device, self.dtype)
+        ]
+
     def _candidate(
-        self, backend: str, pristine: Tensor, tile: Tensor, targets: Tensor, exact: ExactRows, bench: Workbench
+        self,
+        row: Row,
+        launch: RowLogprobLauncher,
+        pristine: Tensor,
+        tile: Tensor,
+        targets: Tensor,
+        exact: ExactRows,
     ) -> Candidate:
         def open_() -> Opened:
-            launch = get_row_logprob(backend, bench.device, self.dtype)
             grad_out = tile if self.gradient else None
 
             def restore() -> None:
@@ -125,6 +138,5 @@ class RowCase(Case):
             # The tile is overwritten by gradients only, and by the copy that is the floor.
             return Opened(Run(lambda: launch(tile, targets, grad_out=grad_out), restore), errors)
 
-        role = Role.PEER if backend == "torch" else Role.OURS
         limits = {"logp": KERNEL_LIMIT, "gradient": GRADIENT_LIMIT[self.dtype]}
-        return Candidate(Row(backend, role), open_, limits)
+        return Candidate(row, open_, limits)
