@@ -1,7 +1,8 @@
-"""One source, any torch: wheels with both extensions, used by every interpreter that is named.
+"""One source, any torch: wheels with both extensions, used under several versions of torch.
 
-ROBUST_DPO_OTHER_PYTHONS holds interpreters with other versions of torch, separated as on the PATH. A wheel is built
-once for each version of Python, and used by all interpreters of that version.
+ROBUST_DPO_OTHER_PYTHONS holds interpreters with other versions of torch, separated as on the PATH. Where it is not set,
+a virtual environment gets one, if the package index has another build of torch for CPUs. A wheel is built once for each
+version of Python, and used by all interpreters of that version.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
+import venv
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from test_cuda_build import nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
-OTHERS = [path for path in os.environ.get("ROBUST_DPO_OTHER_PYTHONS", "").split(os.pathsep) if path]
+VARIABLE = "ROBUST_DPO_OTHER_PYTHONS"
 COPIED = ("csrc", "kernels", "robust_dpo", "setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
 WHEEL_BYTES = 20_000_000
 
@@ -39,37 +44,68 @@ def call(python: str, *arguments: str, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-def version_of(python: str) -> str:
-    return call(python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])", cwd=ROOT).strip()
-
-
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Version of Python -> unpacked wheel. Chips of one generation: the rest takes minutes and changes nothing here."""
+def wheel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Interpreter -> the unpacked wheel for its version of Python."""
     if nvcc() is None:
         pytest.skip("needs a CUDA toolkit")
     found: dict[str, Path] = {}
-    for python in (sys.executable, *OTHERS):
-        version = version_of(python)
-        if version in found:
-            continue
-        folder = tmp_path_factory.mktemp("wheel")
-        source = folder / "source"
-        source.mkdir()
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
-                shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
-            else:
-                shutil.copy(ROOT / name, source / name)
-        build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
-        call(python, *build, cwd=folder, ROBUST_DPO_BUILD="cuda", ROBUST_DPO_CUDA_ARCHS="9.0")
-        (archive,) = folder.glob("*.whl")
-        assert archive.stat().st_size < WHEEL_BYTES
-        found[version] = folder / "installed"
-        with zipfile.ZipFile(archive) as content:
-            content.extractall(found[version])
-    return found
+
+    def wheel(python: str) -> Path:
+        version = call(python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])", cwd=ROOT)
+        if version not in found:
+            found[version] = build_wheel(python, tmp_path_factory.mktemp("wheel"))
+        return found[version]
+
+    return wheel
+
+
+def build_wheel(python: str, folder: Path) -> Path:
+    """Built and unpacked. Chips of one generation: the rest takes minutes and changes nothing here."""
+    source = folder / "source"
+    source.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
+    call(python, *build, cwd=folder, ROBUST_DPO_BUILD="cuda", ROBUST_DPO_CUDA_ARCHS="9.0")
+    (archive,) = folder.glob("*.whl")
+    assert archive.stat().st_size < WHEEL_BYTES
+    with zipfile.ZipFile(archive) as content:
+        content.extractall(folder / "installed")
+    return folder / "installed"
+
+
+@pytest.fixture(scope="module")
+def other_pythons(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Interpreters with other versions of torch than this one's."""
+    named = [path for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path]
+    return named or [make_environment(tmp_path_factory.mktemp("environment"))]
+
+
+def make_environment(folder: Path) -> str:
+    """An interpreter that finds another torch, and all other packages where this one has them."""
+    version, _, local = torch.__version__.partition("+")
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        pytest.skip(f"another torch for GPUs would be gigabytes; {VARIABLE} can name an interpreter that has one")
+    wanted = f"torch=={'2.13.0' if version.startswith('2.11.') else '2.11.0'}" + (f"+{local}" if local else "")
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin" / "python")
+    done = subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", wanted],
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode != 0:
+        pytest.skip(f"pip has no {wanted} ({done.stderr.strip().splitlines()[-1]}); {VARIABLE} can name an interpreter")
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "rest.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+    return python
 
 
 USE = """
@@ -103,15 +139,17 @@ print(torch.__version__)
 """
 
 
-def test_one_wheel_runs_under_every_torch(wheels: dict[str, Path], tmp_path: Path) -> None:
+def test_one_wheel_runs_under_every_torch(
+    wheel_of: Callable[[str], Path], other_pythons: list[str], tmp_path: Path
+) -> None:
     versions = []
-    for python in (sys.executable, *OTHERS):
-        installed = wheels[version_of(python)]
-        versions.append(call(python, "-c", USE, str(installed), cwd=tmp_path, PYTHONPATH=str(installed)).strip())
+    for python in (sys.executable, *other_pythons):
+        installed = str(wheel_of(python))
+        versions.append(call(python, "-c", USE, installed, cwd=tmp_path, PYTHONPATH=installed).strip())
     assert len(set(versions)) == len(versions), f"two interpreters with the same torch prove nothing: {versions}"
 
 
-def test_native_code_runs_without_any_torch(wheels: dict[str, Path], tmp_path: Path) -> None:
+def test_native_code_runs_without_any_torch(wheel_of: Callable[[str], Path], tmp_path: Path) -> None:
     """What needs nothing of torch works with every version of it: plain memory in, numbers out."""
     code = """
     import array, importlib.util, math, pathlib, sys
@@ -135,6 +173,5 @@ def test_native_code_runs_without_any_torch(wheels: dict[str, Path], tmp_path: P
     assert abs(out[1] - lse) < 1e-5 and abs(out[0] - (3 - lse)) < 1e-5, out
     print(load("_cuda").ARCHITECTURES)
     """
-    installed = wheels[version_of(sys.executable)]
-    printed = call(sys.executable, "-I", "-c", textwrap.dedent(code), str(installed), cwd=tmp_path)
+    printed = call(sys.executable, "-I", "-c", textwrap.dedent(code), str(wheel_of(sys.executable)), cwd=tmp_path)
     assert printed.split() == ["sm_90", "compute_90"]
