@@ -89,8 +89,8 @@ def row_logprob(
 
 
 def _plan(logits: Tensor, grad_out: Tensor | None, *, is_known: bool) -> RowPlan:
-    chip = chip_of(logits.device)
+    (rows, vocab), chip = logits.shape, chip_of(logits.device)
     narrowed = grad_out is not None and grad_out.itemsize < logits.itemsize
     if is_known:
-        return plan_gradient(*logits.shape, logits.itemsize, narrowed=narrowed, chip=chip)
-    return plan_rows(*logits.shape, logits.itemsize, gradient=grad_out is not None, narrowed=narrowed, chip=chip)
+        return plan_gradient(rows, vocab, logits.itemsize, narrowed=narrowed, chip=chip)
+    return plan_rows(rows, vocab, logits.itemsize, gradient=grad_out is not None, narrowed=narrowed, chip=chip)

@@ -21,7 +21,7 @@ on_the_device = [
     pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="there is no GPU"),
 ]
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="about CUDA itself")
-BACKENDS = ["torch", "triton", "auto"] if DEVICE.type == "cuda" else ["torch", "auto"]
+BACKENDS = ["torch", "triton", "cuda", "auto"] if DEVICE.type == "cuda" else ["torch", "auto"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of a sum of a few hundred products, its rounding to the dtype, and of a tile in that dtype before the softmax.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}

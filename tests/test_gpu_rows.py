@@ -135,7 +135,7 @@ def test_known_results_and_rows_of_nobody(backend: str, dtype: torch.dtype, voca
 
 
 @needs_cuda
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 def test_more_than_two_to_the_31_logits(backend: str) -> None:
     require_backend(backend)
     rows, vocab = 17_000, 128_256
