@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from robust_dpo.errors import argument_error
 from robust_dpo.kernels.gpu import gpu_of
 from robust_dpo.kernels.triton_aot import MAX_THREADS, Variant
 
@@ -48,6 +49,14 @@ class LaunchShape:
     threads: int
     segments: int = 1
     programs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads not in THREADS:
+            raise argument_error("threads", f"one of {', '.join(map(str, THREADS))}", self.threads)
+        if not 1 <= self.segments <= MAX_SEGMENTS:
+            raise argument_error("segments", f"from 1 to {MAX_SEGMENTS}", self.segments)
+        if self.programs is not None and (self.threads != THREADS[-1] or self.programs < 1):
+            raise argument_error("programs", f"None, or at least 1 of {THREADS[-1]} threads", self.programs)
 
 
 def launch_shape(rows: int, vocab: int, itemsize: int, multiprocessors: int, *, read_twice: bool) -> LaunchShape:
@@ -202,7 +211,8 @@ def all_forms() -> Iterator[RowForm]:
 def argument_types(form: RowForm) -> dict[str, str]:
     """Triton types of the runtime parameters of all row kernels, by name."""
     pointers = {name: "*fp32" for name in ("p_bias", "p_row_scale", "p_partials", "p_logp", "p_lse", "p_entropy")}
-    pointers |= {"p_logits": f"*{TYPE_NAMES[form.tile]}", "p_targets": "*i64"}
+    tile = f"*{TYPE_NAMES[form.tile]}"
+    pointers |= {"p_logits": tile, "p_target_logits": tile, "p_targets": "*i64"}
     if form.grad is not None:
         pointers["p_grad"] = f"*{TYPE_NAMES[form.grad]}"
     counts = ("rows", "vocab", "segments", "segment_vecs", "has_bias", "has_row_scale", "has_entropy")
@@ -220,7 +230,19 @@ RUNTIME_NUMBERS = (
     *("stride", "grad_stride", "rows", "vocab", "segments", "segment_vecs", "logit_scale", "softcap"),
     *("has_bias", "has_row_scale", "has_entropy"),
 )
-RUNTIME_POINTERS = ("p_logits", "p_targets", "p_row_scale", "p_partials", "p_logp", "p_lse", "p_entropy", "p_grad")
+RUNTIME_POINTERS = (
+    *(
+        "p_logits",
+        "p_targets",
+        "p_target_logits",
+        "p_row_scale",
+        "p_partials",
+        "p_logp",
+        "p_lse",
+        "p_entropy",
+        "p_grad",
+    ),
+)
 row_jit = triton.jit(do_not_specialize=[*RUNTIME_NUMBERS], do_not_specialize_on_alignment=[*RUNTIME_POINTERS])
 
 

@@ -63,7 +63,7 @@ def row_logprob(
                     terms = -terms.masked_fill(log_probs == float("-inf"), 0.0).sum(1)
                     result.entropy[part] = columns.counted(terms, part)
             else:
-                log_probs = values - known.lse[part, None]
+                log_probs = columns.log_probs(values, known, part)
             if grad_out is None:
                 continue
             gradient = columns.minus_onehot(log_probs.exp_(), (known or result).logp[part], part)
@@ -109,6 +109,18 @@ class _Columns(NamedTuple):
         """[rows] of [rows, V]; NaN where the target lies outside."""
         logp = log_probs.gather(1, self.target[part])[:, 0]
         return logp if self.inside is None else self.counted(logp.where(self.inside[part], float("nan")), part)
+
+    def log_probs(self, values: Tensor, known: RowLogprob, part: slice) -> Tensor:
+        """[rows, V] of logits [rows, V] whose log-probs at the targets are known.
+
+        Relative to the target's logit: in rows of huge logits, the log-sum-exp has lost its last digits.
+        """
+        logp = known.logp[part, None]
+        relative = (values - values.gather(1, self.target[part])) + logp
+        usable = logp > float("-inf")
+        if self.inside is not None:
+            usable &= self.inside[part, None]
+        return relative.where(usable, values - known.lse[part, None])
 
     def minus_onehot(self, probs: Tensor, logp: Tensor, part: slice) -> Tensor:
         """Softmax − onehot over `probs` [rows, V], from the log-probs [rows] of the targets: no digit is cancelled."""

@@ -154,7 +154,7 @@ def row_logprob(
     }
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         if known is not None:
-            launch_gradient(form, shape.segments, logits, values)
+            launch_gradient(form, shape.segments, logits, targets, values)
         elif shape.segments > 1 and form.can_split:
             launch_split(form, shape.segments, logits, values)
         else:

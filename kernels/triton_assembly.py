@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,38 +107,48 @@ def _in_loops(blocks: Sequence[_Block], dialect: Dialect) -> list[bool]:
             if (jump := dialect.jump(statement)) is not None:
                 following += [index_of[label] for label in jump.labels]
         successors.append(following)
-    innermost = _innermost_loops(successors, range(len(blocks)))
+    loops = _natural_loops(successors)
+    innermost = set().union(*(loop for loop in loops if not any(other < loop for other in loops)))
     return [index in innermost for index in range(len(blocks))]
 
 
-def _innermost_loops(successors: Sequence[Sequence[int]], among: Iterable[int]) -> set[int]:
-    """Nodes of the loops in the graph of the nodes `among`: of a loop that holds others, only theirs."""
-    reachable = _reachable(successors, among)
-    found: set[int] = set()
-    seen: set[int] = set()
-    for node, others in reachable.items():
-        if node in seen or node not in others:
-            continue
-        loop = {other for other in others if node in reachable[other]}
-        seen |= loop
-        # Without the block that it is entered by, a loop falls apart, and those inside it are left.
-        found |= _innermost_loops(successors, loop - {min(loop)}) or loop
-    return found
+def _natural_loops(successors: Sequence[Sequence[int]]) -> list[set[int]]:
+    """Of every edge back to a node that each way to its source goes through: what lies between the two."""
+    live, pending = {0}, [0]
+    while pending:
+        found = set(successors[pending.pop()]) - live
+        live |= found
+        pending += found
+    predecessors: dict[int, list[int]] = {node: [] for node in sorted(live)}
+    for node in predecessors:
+        for successor in successors[node]:
+            predecessors[successor].append(node)
+    dominators = _dominators(predecessors)
+    loops = []
+    for source in predecessors:
+        for header in dominators[source].intersection(successors[source]):
+            loop, pending = {header, source}, [source]
+            while pending:
+                node = pending.pop()
+                if node != header:
+                    pending += [each for each in predecessors[node] if each not in loop]
+                    loop.update(predecessors[node])
+            loops.append(loop)
+    return loops
 
 
-def _reachable(successors: Sequence[Sequence[int]], among: Iterable[int]) -> dict[int, set[int]]:
-    """The nodes that can be reached from each of `among`, in one step or more, without leaving them."""
-    nodes = sorted(among)
-    inside = set(nodes)
-    reachable: dict[int, set[int]] = {node: inside.intersection(successors[node]) for node in nodes}
+def _dominators(predecessors: Mapping[int, Sequence[int]]) -> dict[int, set[int]]:
+    """Of each node, the nodes that every way to it from the first one goes through, and itself."""
+    first, *others = predecessors
+    dominators = {first: {first}, **{node: set(predecessors) for node in others}}
     changed = True
     while changed:
         changed = False
-        for node in reversed(nodes):
-            grown = reachable[node].union(*(reachable[other] for other in reachable[node]))
-            changed |= len(grown) > len(reachable[node])
-            reachable[node] = grown
-    return reachable
+        for node in others:
+            found = {node} | set.intersection(*(dominators[each] for each in predecessors[node]))
+            changed |= found != dominators[node]
+            dominators[node] = found
+    return dominators
 
 
 def _ptx_access(statement: str) -> tuple[str, int] | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from robust_dpo import SequenceLogps, reference, sequence_logps, sequence_logps_from_logits
 from robust_dpo.dispatch import get_row_logprob
 from robust_dpo.kernels.row_logprob import RowLogprob, RowLogprobLauncher
+from robust_dpo.ops.dense_logits import DenseRows, sequence_sums
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -136,7 +137,9 @@ def test_error_budget(vocab: int, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("view", ["contiguous", "shifted", "column_major", "every_other_row", "expanded"])
+@pytest.mark.parametrize(
+    "view", ["contiguous", "shifted", "column_major", "every_other_row", "expanded", "last_of_many", "sequence_first"]
+)
 @pytest.mark.parametrize("holes", [False, True], ids=["every_row_counts", "holes"])
 @pytest.mark.parametrize("backend", ["torch", "cpu", "auto"])
 @pytest.mark.usefixtures("logits_route")
@@ -150,6 +153,8 @@ def test_strided_logits(backend: str, holes: bool, view: str, dtype: torch.dtype
         "column_major": lambda: base.transpose(1, 2).contiguous().transpose(1, 2),
         "every_other_row": lambda: base.repeat_interleave(2, 1)[:, ::2],
         "expanded": lambda: base[:, :1].expand(batch, length, vocab),
+        "last_of_many": lambda: torch.cat([torch.full((batch, 9, vocab), math.nan, dtype=dtype), base], 1)[:, -length:],
+        "sequence_first": lambda: base.transpose(0, 1).contiguous().transpose(0, 1),
     }[view]()
     targets = torch.randint(0, vocab, (batch, length))
     if holes:
@@ -225,10 +230,22 @@ def test_what_is_wrong_and_not_read_back_makes_nan(backend: str) -> None:
     targets[1, 2] = -100
     packed = logits.view(12, 11), targets.view(12)
     for lens in ([4, 4, 3], [4, 4, 5], [8, -4, 8]):
-        logps = sequence_logps_from_logits(*packed, seq_lens=torch.tensor(lens), backend=backend)
-        assert logps.isnan().all()
+        with pytest.raises(ValueError, match="seq_lens: expected "):
+            sequence_logps_from_logits(*packed, seq_lens=torch.tensor(lens), backend=backend)
+        # Lengths on a device are not read, so no error can say what is wrong with them.
+        assert sequence_sums(torch.ones(12), torch.tensor(lens).cumsum(0)).isnan().all()
     lens = torch.tensor([4, 0, 8])
     assert sequence_logps_from_logits(*packed, seq_lens=lens, backend=backend).isfinite().all()
+
+
+def test_the_gradient_of_the_last_positions_takes_no_more_room_than_they() -> None:
+    logits, targets = torch.empty(4, 4096, 1000, device="meta"), torch.zeros(4, 128, dtype=torch.int64, device="meta")
+    for part, rows in ((logits[:, -128:], 4 * 128), (logits[:, -129:-1], 4 * 128)):
+        dense = DenseRows.of(part, targets)
+        assert len(dense.targets) == rows
+        assert dense.new_gradient(part).untyped_storage().nbytes() == rows * 1000 * 4
+    shifted = DenseRows.of(logits[:, :-1], torch.zeros(4, 4095, dtype=torch.int64, device="meta"))
+    assert not shifted.is_copied
 
 
 def test_the_gradient_of_logits_does_not_touch_the_logits() -> None:

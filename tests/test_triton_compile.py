@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,25 @@ def test_reads_ptx() -> None:
         Access("load", 1, False),
         Access("load", 32, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("jumps", "wide"),
+    [
+        # Two loops in one, of which one shares the label that the outer loop begins with.
+        ("a: {a} $p bra b; b: {b} $p bra a; c: {c} $p bra c; $p bra a; ret;", {"a", "b", "c"}),
+        ("a: {a} b: {b} $p bra b; c: {c} $p bra a; ret;", {"b"}),
+        ("a: {a} b: {b} $p bra b; c: {c} $p bra c; d: {d} $p bra a; ret;", {"b", "c"}),
+        ("a: {a} bra c; b: {b} bra a; c: {c} $p bra b; ret;", {"a", "b", "c"}),
+    ],
+    ids=["shared-header", "nested", "two-inside", "rotated"],
+)
+def test_loops_that_hold_no_other(jumps: str, wide: set[str]) -> None:
+    widths = {"a": 1, "b": 2, "c": 4, "d": 8}
+    loads = {name: f"ld.global.b{8 * width} %r1, [%rd1];" for name, width in widths.items()}
+    text = re.sub(r"\b([abcd])(?=[:;])", r"$L_\1", jumps.format(**loads)).replace("$p", "@%p1").replace("; ", ";\n")
+    in_loops = {access.width for access in global_accesses(text, PTX) if access.in_loop}
+    assert in_loops == {widths[name] for name in wide}
 
 
 def test_reads_amdgcn() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,17 @@ _SLAB_ROWS = 4096
 def widens(x: Tensor) -> bool:
     """Whether torch multiplies matrices like `x` with fp32 output, without rounding the sums to half precision."""
     return x.is_cuda and torch.version.hip is None and x.dtype in (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def adds_in_place(device: torch.device) -> bool:
+    """Whether this torch adds a bf16 product to an fp32 matrix in one cuBLAS call; not all that have `out_dtype` do."""
+    total, z = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(total, z, z, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def logits_into(tile: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -47,8 +60,12 @@ def add_product(total: Tensor, z: Tensor, x: Tensor, factors: Tensor, *, first: 
         torch.mul(x, factors[:, None], out=rows)
         if first:
             torch.mm(z.t(), rows, out_dtype=total.dtype, out=total)
-        else:
+        elif adds_in_place(total.device):
             torch.addmm(total, z.t(), rows, out_dtype=total.dtype, out=total)
+        else:
+            for start in range(0, total.shape[0], _SLAB_ROWS):
+                columns = z[:, start : start + _SLAB_ROWS].t()
+                total[start : start + _SLAB_ROWS] += torch.mm(columns, rows, out_dtype=total.dtype)
     else:
         _add_in_slabs(total, z, x, factors, rows, first)
 

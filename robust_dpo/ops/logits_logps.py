@@ -78,7 +78,7 @@ def _backward(
     launch = get_row_logprob(backend, logits.device, logits.dtype)
     dense = DenseRows.of(logits, targets) if takes_all_rows(logits.device) else None
     if dense is not None:
-        gradient = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+        gradient = dense.new_gradient(logits)
         launch(
             dense.matrix(logits),
             dense.targets,
@@ -117,7 +117,7 @@ def _fake_backward(
     grad_logps: Tensor | None, grad_token_logps: Tensor | None, known: Tensor, logits: Tensor, *rest: Any
 ) -> Tensor:
     dense = DenseRows.of(logits, rest[0]) if takes_all_rows(logits.device) else None
-    return logits.new_empty(logits.shape) if dense is None else logits.new_empty_strided(logits.shape, logits.stride())
+    return logits.new_empty(logits.shape) if dense is None else dense.new_gradient(logits)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
