@@ -21,12 +21,13 @@ T* pointer(uintptr_t address) {
 void row_logprob(int device, uintptr_t stream, int threads, int segments, bool cluster, bool keep, uintptr_t partials,
                  uintptr_t tile, int tile_dtype, int64_t tile_stride, int64_t rows, int64_t vocab, uintptr_t targets,
                  uintptr_t bias, double softcap, double scale, uintptr_t logp, uintptr_t lse, uintptr_t entropy,
-                 uintptr_t grad, int grad_dtype, int64_t grad_stride, uintptr_t row_scale, bool known) {
+                 uintptr_t grad, int grad_dtype, int64_t grad_stride, uintptr_t row_scale, uintptr_t target_logits) {
     RowLogprobArgs args{};
     args.tile = pointer<const void>(tile);
     args.targets = pointer<const int64_t>(targets);
     args.bias = pointer<const void>(bias);
     args.row_scale = pointer<const void>(row_scale);
+    args.target_logits = pointer<const void>(target_logits);
     args.logp = pointer<void>(logp);
     args.lse = pointer<void>(lse);
     args.entropy = pointer<void>(entropy);
@@ -39,7 +40,6 @@ void row_logprob(int device, uintptr_t stream, int threads, int segments, bool c
     args.softcap = softcap;
     args.tile_dtype = static_cast<Dtype>(tile_dtype);
     args.grad_dtype = static_cast<Dtype>(grad_dtype);
-    args.known = known;
     const DeviceScope scope(device);
     row_logprob_cuda({device, stream}, args, {threads, segments, cluster, keep, pointer<float>(partials)});
 }
@@ -118,7 +118,7 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("keep"), py::arg("partials"), py::arg("tile"), py::arg("tile_dtype"), py::arg("tile_stride"),
           py::arg("rows"), py::arg("vocab"), py::arg("targets"), py::arg("bias"), py::arg("softcap"), py::arg("scale"),
           py::arg("logp"), py::arg("lse"), py::arg("entropy"), py::arg("grad"), py::arg("grad_dtype"), py::arg("grad_stride"),
-          py::arg("row_scale"), py::arg("known"));
+          py::arg("row_scale"), py::arg("target_logits"));
     m.def("group_epilogue", &robust_dpo::group_epilogue, "See csrc/operators_cuda.h; addresses as integers, 0 for none.",
           py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("counter"), py::arg("widest"), py::arg("loss"),
           py::arg("first"), py::arg("second"), py::arg("token_logps"), py::arg("ref_token_logps"), py::arg("counted"),

@@ -18,6 +18,12 @@ std::pair<T, T> both(const ValueSlope<T>& x) {
     return {x.value, x.slope};
 }
 
+template <class T>
+std::pair<T, T> difference(T a, T b) {
+    const SumError<T> exact = exact_difference(a, b);
+    return {exact.sum, exact.error};
+}
+
 // Merged part by part: (lse, log-prob of `logit`, entropy).
 template <class T>
 std::vector<T> merged(const std::vector<std::vector<T>>& parts, T logit) {
@@ -59,6 +65,7 @@ void bind_formulas_in(py::module_ m) {
     m.def("capped", [](T z, T softcap) { return both(capped(z, softcap)); }, "(softcap·tanh(z/softcap), its derivative)",
           py::arg("z"), py::arg("softcap"));
     m.def("softmax_minus_one", &softmax_minus_one<T>, "softmax − 1 from the log-prob", py::arg("logp"));
+    m.def("exact_difference", &difference<T>, "(a − b rounded, what the rounding has lost)", py::arg("a"), py::arg("b"));
     m.def("merged", &merged<T>, "(lse, log-prob of the logit, entropy) of a row in parts", py::arg("parts"), py::arg("logit"));
     m.def("tilted_score", &tilted_score<T>, "hℓ/t", py::arg("loss"), py::arg("calibration"), py::arg("temperature"));
     m.def("advanced", &advanced<T>, "(shift, total, rescale, weight of the highest)", py::arg("shift"), py::arg("total"),

@@ -19,6 +19,8 @@ struct RowLogprobArgs {
     const int64_t* targets;   // [rows]
     const void* bias;         // [vocab] acc, or null
     const void* row_scale;    // [rows] acc, factor of each row's gradient, or null for 1
+    const void* target_logits;  // [rows] of tile_dtype, the tile at the targets: logp and lse are known too, and only the
+                              // gradient is left to do; or null. Not on the CPU.
     void* logp;               // [rows] acc, out: logits[target] − lse; NaN where the target lies outside the vocabulary
     void* lse;                // [rows] acc, out
     void* entropy;            // [rows] acc, out, or null
@@ -27,7 +29,6 @@ struct RowLogprobArgs {
     int64_t rows, vocab, tile_stride, grad_stride;
     double scale, softcap;
     Dtype tile_dtype, grad_dtype;
-    bool known;  // logp and lse are there already, and only the gradient is left to do; not on the CPU
 };
 
 // Rows [begin, end), one translation unit for each instruction set. Float64 tiles always take the generic one.

@@ -56,9 +56,16 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 
     float shift, total, target_minus_one;
     if (phase == RowPhase::kGradient) {
+        const float logp = static_cast<const float*>(a.logp)[row];
         shift = static_cast<const float*>(a.lse)[row];
         total = 1.0f;
-        target_minus_one = softmax_minus_one(static_cast<const float*>(a.logp)[row]);
+        target_minus_one = softmax_minus_one(logp);
+        if (inside && logp > -INFINITY) {
+            const float z = Elements<Tile>::load(static_cast<const Tile*>(a.target_logits) + row);
+            const SumError<float> lse = exact_difference(logits.of(z, span.target).value, logp);
+            shift = lse.sum;
+            total = std::exp(lse.error);
+        }
     } else {
         Partial* const of_row = partials + row * segments;
         ExpSums<float> others;
@@ -112,7 +119,7 @@ void launch_rows(const CudaTarget& target, const RowLogprobArgs& a, const RowPla
         const auto kernel = row_logprob_kernel<Tile, kTransformed, kEntropy>;
         launch(target, grid, what, kernel, a, plan.segments, keep, phase, partials);
     };
-    if (a.known) return run(RowPhase::kGradient, 1, false, kRowSharedBytes);
+    if (a.target_logits != nullptr) return run(RowPhase::kGradient, 1, false, kRowSharedBytes);
     if (plan.segments == 1 || plan.cluster)
         return run(RowPhase::kWhole, plan.segments, plan.keep, row_shared_bytes<Tile>(a, plan));
     run(RowPhase::kPartials, 1, false, kRowSharedBytes);

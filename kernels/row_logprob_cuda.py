@@ -51,8 +51,11 @@ def row_logprob(
     if known is None:
         logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
         result = RowLogprob(logp, torch.empty_like(logp), torch.empty_like(logp) if entropy else None)
+        target_logits = None
     else:
         result = RowLogprob(known.logp.contiguous(), known.lse.contiguous(), None)
+        # In place, another block may have overwritten the target's logit by the time that one needs it.
+        target_logits = logits.detach().gather(1, targets.clamp(0, vocab - 1)[:, None])
     if plan is None:
         plan = _plan(logits, grad_out, is_known=known is not None)
     if rows * plan.segments > MAX_BLOCKS:
@@ -83,7 +86,7 @@ def row_logprob(
         grad_dtype=DTYPE_CODES[logits.dtype if grad_out is None else grad_out.dtype],
         grad_stride=0 if grad_out is None else grad_out.stride(0),
         row_scale=address(row_scale),
-        known=known is not None,
+        target_logits=address(target_logits),
     )
     return result if known is None else known
 

@@ -28,7 +28,7 @@ def row_logprob(
     grad_dtype: int,
     grad_stride: int,
     row_scale: int,
-    known: bool,
+    target_logits: int,
 ) -> None: ...
 def group_epilogue(
     *,

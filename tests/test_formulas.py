@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -94,6 +95,15 @@ def test_capped(formulas: Any, unit: float, z: float, softcap: float) -> None:
 @pytest.mark.parametrize("logp", [-0.0, -TINY, -1e-20, -1e-8, -0.1, -1.0, -50.0, -1e4, -math.inf], ids=str)
 def test_softmax_minus_one_keeps_its_digits(formulas: Any, unit: float, logp: float) -> None:
     assert_near(formulas.softmax_minus_one(logp), math.expm1(as_held(formulas, logp)), unit)
+
+
+@pytest.mark.parametrize(("formulas", "unit"), PRECISIONS)
+@given(a=st.floats(-1e6, 1e6), b=st.floats(-1e6, 1e6))
+def test_a_difference_and_its_error_lose_nothing(formulas: Any, unit: float, a: float, b: float) -> None:
+    a, b = as_held(formulas, a), as_held(formulas, b)
+    total, lost = formulas.exact_difference(a, b)
+    assert Fraction(total) + Fraction(lost) == Fraction(a) - Fraction(b)
+    assert abs(lost) <= unit * abs(total)
 
 
 def whole_row(parts: list[list[float]]) -> Tensor:
