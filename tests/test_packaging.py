@@ -187,11 +187,59 @@ def test_auto_goes_on_without_a_compiler_and_says_so(source: Path, tmp_path: Pat
     done = build_wheel(source, tmp_path, CC="false", CXX="false", CUDA_HOME="/nowhere")
     succeed(done)
     (wheel,) = tmp_path.glob("*.whl")
-    installed = unpack(wheel, tmp_path / "installed")
-    report = json.loads((installed / "robust_dpo" / "_build.json").read_text(encoding="utf-8"))
-    assert report["cpu"].startswith("could not be compiled: ")
-    assert report["cuda"].startswith("could not be compiled: CUDA_HOME=/nowhere holds no nvcc")
-    check_without_extension(installed, "could not be compiled")
+    assert report_of(tmp_path)["cpu"].startswith("could not be compiled: ")
+    assert report_of(tmp_path)["cuda"].startswith("could not be compiled: CUDA_HOME=/nowhere holds no nvcc")
+    check_without_extension(unpack(wheel, tmp_path / "installed"), "could not be compiled")
+
+
+@pytest.fixture
+def old_toolkit(tmp_path: Path) -> Path:
+    """A toolkit that knows no chips after sm_90, whose compiler writes down its arguments and fails."""
+    home = tmp_path / "toolkit"
+    for folder in ("bin", "include", "lib64"):
+        (home / folder).mkdir(parents=True)
+    (home / "include" / "cuda_runtime.h").touch()
+    (home / "lib64" / "libcudart_static.a").touch()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(f"""#!/bin/sh
+        if [ "$1" = --list-gpu-arch ]; then printf 'compute_75\\ncompute_80\\ncompute_90\\n'; exit; fi
+        echo "$*" >> {home}/calls; echo "out of order" >&2; exit 1
+    """)
+    nvcc.chmod(0o755)
+    return home
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux only")
+@pytest.mark.parametrize("through", ["CUDA_HOME", "PATH"])
+def test_cuda_is_compiled_for_the_chips_that_nvcc_knows(
+    source: Path, tmp_path: Path, old_toolkit: Path, through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    path = f"{old_toolkit / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    found = {"CUDA_HOME": str(old_toolkit)} if through == "CUDA_HOME" else {"PATH": path}
+    succeed(build_wheel(source, tmp_path, CC="false", CXX="false", **found))
+    assert report_of(tmp_path)["cuda"].startswith("could not be compiled: csrc/")
+    assert report_of(tmp_path)["cuda"].endswith("out of order")
+    for call in (old_toolkit / "calls").read_text(encoding="utf-8").splitlines():
+        assert re.findall(r"-gencode=(\S+)", call) == [
+            *(f"arch=compute_{chip},code=sm_{chip}" for chip in (80, 90)), "arch=compute_90,code=compute_90",
+        ]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux only")
+def test_chips_that_nvcc_does_not_know_are_named(source: Path, tmp_path: Path, old_toolkit: Path) -> None:
+    chosen = {"CUDA_HOME": str(old_toolkit), "ROBUST_DPO_CUDA_ARCHS": "9.0 sm_120"}
+    succeed(build_wheel(source, tmp_path, CC="false", CXX="false", **chosen))
+    assert report_of(tmp_path)["cuda"] == f"could not be compiled: {old_toolkit}/bin/nvcc knows no sm_120"
+
+
+def report_of(folder: Path) -> dict[str, str]:
+    """What became of the extensions, from the one wheel in a folder."""
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        report: dict[str, str] = json.loads(archive.read("robust_dpo/_build.json"))
+    return report
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86-64")
