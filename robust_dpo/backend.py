@@ -113,12 +113,12 @@ class Backend:
         if not re.fullmatch(r"[\w.]+:\w+", launcher):
             raise argument_error(owner, f'"module:function" for {operator}', repr(launcher))
 
-    def unsupported(self, operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it has no code for `operator` on tiles of `dtype` on `device`; None if it has."""
+    def unsupported(self, operator: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        """Why it has no code for `operator` on tiles of `dtype` (None: of some dtype) on `device`; None if it has."""
         if operator not in self.launchers:
             return f"it does not implement {operator}"
         if self.device_types is not None and device.type not in self.device_types:
             return f"it runs on {', '.join(sorted(self.device_types))}, not on {device.type}"
-        if dtype not in self.dtypes:
+        if dtype is not None and dtype not in self.dtypes:
             return f"it does not take {dtype}"
         return None

@@ -70,8 +70,8 @@ def _status(name: str) -> BackendStatus:
     return status
 
 
-def _obstacle(backend: Backend, operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run `operator` on tiles of `dtype` on `device`; None if it can."""
+def _obstacle(backend: Backend, operator: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why a backend cannot run `operator` on tiles of `dtype` (None: of some dtype) on `device`; None if it can."""
     status = _status(backend.name)
     if not status.usable:
         return f"it is {'not usable' if status.built else 'not built'} here: {status.detail}"
@@ -89,6 +89,17 @@ def backends() -> BackendReport:
         if importlib.util.find_spec(package) is not None:
             versions[package] = importlib.metadata.version(package)
     return BackendReport(tuple(_status(backend.name) for backend in _by_priority()), versions)
+
+
+def backend_name(value: object) -> str:
+    """`value` if it is a string; whether there is such a backend, and what it can run, is said when it is chosen.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, str):
+        raise type_error("backend", "the name of a backend, or 'auto'", value)
+    return value
 
 
 def find_backend(name: str) -> Backend:
@@ -124,6 +135,20 @@ def choose_backend(operator: str, backend: str, device: torch.device | str, dtyp
     if obstacle is not None:
         raise RuntimeError(f"backend {backend!r} cannot run {operator} with {dtype} on {device}: {obstacle}")
     return named
+
+
+def check_backend(backend: object, device: torch.device) -> None:
+    """Refuse, ahead of the first call, a backend that cannot run on `device` whatever the dtype.
+
+    Raises:
+        TypeError, ValueError: it is no name, there is no such backend, or it cannot run; the message says why.
+    """
+    name = backend_name(backend)
+    if name == "auto":
+        return
+    obstacle = _obstacle(find_backend(name), ROW_LOGPROB, device, None)
+    if obstacle is not None:
+        raise argument_error("backend", f"one that runs on {device}", f"{backend!r}: {obstacle}")
 
 
 def get_row_logprob(backend: str, device: torch.device | str, dtype: torch.dtype) -> RowLogprobLauncher:
