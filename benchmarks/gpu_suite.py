@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_suite.py --out benchmarks/results/h100 --minutes 8
 
-Builds the package if it cannot be imported, runs the GPU tests and compute-sanitizer, checks and times every case in
-order of importance until the time is up, and writes results.json, results.md and plots to --out. Called again with the
-same folder it goes on where it ended. --device cpu --quick runs the same machinery anywhere.
+Builds the package if it cannot be imported, runs compute-sanitizer and this checkout's GPU tests on the package that it
+measures, checks and times every case in order of importance until the time is up, and writes results.json, results.md
+and plots to --out. Called again with the same folder it goes on where it ended. --device cpu --quick runs the same
+machinery anywhere.
 """
 
 from __future__ import annotations
@@ -39,4 +40,4 @@ if __name__ == "__main__":
     ensure_package()
     from robust_dpo.bench.main import main
 
-    sys.exit(main(description=__doc__))
+    sys.exit(main(description=__doc__, checkout=ROOT))

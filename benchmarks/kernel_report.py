@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -220,8 +221,13 @@ def as_json(outcomes: Sequence[Outcome]) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", default=",".join(DEFAULT_TARGETS), help=f"of {', '.join(TARGETS)}")
-    parser.add_argument("--module", action="append", help="read the variants of this module instead of the package's")
+    defaults = ",".join(DEFAULT_TARGETS)
+    parser.add_argument("--targets", default=defaults, help=f"of {', '.join(TARGETS)} (default: {defaults})")
+    parser.add_argument(
+        "--module",
+        action="append",
+        help="instead of the package's, compile the kernels of this importable module, listed by its aot_variants()",
+    )
     parser.add_argument("--sample", type=int, help="compile this many variants of each kernel, not all")
     parser.add_argument("--all", action="store_true", help="print every variant, not only those with problems")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes")
@@ -231,6 +237,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.targets = options.targets.split(",")
     if unknown := [name for name in options.targets if name not in TARGETS]:
         parser.error(f"--targets: expected some of {', '.join(TARGETS)}, got {', '.join(unknown)}")
+    for module in options.module or ():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            where = f"installed, on PYTHONPATH or in {Path(__file__).parent}"
+            parser.error(f"--module: expected a module {where}, got {module}: {error}")
     for name in ("sample", "jobs"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -40,17 +40,23 @@ SECTIONS = {
     ),
     "Trainer": ("robust_dpo.trainer", ["RobustDPOTrainer", "RobustDPOConfig"]),
     "Backends": ("robust_dpo", ["backends"]),
+    "A backend of your own": ("robust_dpo.dispatch", ["register_backend", "Backend", "BackendStatus"]),
 }
 
 
 class Bare:
-    """An annotation that prints as it was written."""
+    """What prints as it was written: an annotation, or a default."""
 
-    def __init__(self, annotation: object) -> None:
-        self.text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    def __init__(self, value: object) -> None:
+        self.text = value if isinstance(value, str) else getattr(value, "__name__", str(value))
 
     def __repr__(self) -> str:
         return str(self.text)
+
+
+def stable(default: object) -> object:
+    """A default that prints the same in every run; the order of a set is another in each."""
+    return Bare(f"{{{', '.join(sorted(map(str, default)))}}}") if isinstance(default, frozenset) else default
 
 
 def signature(value: object) -> str:
@@ -60,7 +66,9 @@ def signature(value: object) -> str:
     except (TypeError, ValueError):
         return ""
     # Annotations are strings under `from __future__ import annotations`; shown without their quotes.
-    parameters = [str(p.replace(annotation=Bare(p.annotation))) for p in shown.parameters.values()]
+    parameters = [
+        str(p.replace(annotation=Bare(p.annotation), default=stable(p.default))) for p in shown.parameters.values()
+    ]
     keyword_only = [i for i, p in enumerate(shown.parameters.values()) if p.kind is p.KEYWORD_ONLY]
     if keyword_only:
         parameters.insert(keyword_only[0], "*")

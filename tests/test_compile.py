@@ -54,7 +54,7 @@ def head_arguments(problem: Problem, objective: str, **changes: Any) -> tuple[An
 @pytest.mark.parametrize("robust", [Mean(), KLRobust(radius=0.1)], ids=["one_pass", "two_passes"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_opcheck_linear_preference_loss(packed: bool, robust: RobustObjective, dtype: torch.dtype) -> None:
-    objective = name_objective("sigmoid", None, {}, robust)
+    objective = name_objective("sigmoid", None, {}, robust, linear_preference_loss)
     live = make_problem([2, 3, 2], packed=packed, bias=True, calibration=True).to(dtype)
     # A backward pass that frees its graph scales the gradients of the one pass where they lie, and the last check
     # compares the operator's outputs, which nobody but opcheck holds, after it. The compiled tests below stand in.

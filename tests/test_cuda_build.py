@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from robust_dpo.dispatch import BUILD_REPORT
 from robust_dpo.kernels.cuda_assembly import KernelReport, find_cuobjdump, read_kernel, reports_of
+from robust_dpo.probes import BUILD_REPORT
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120")

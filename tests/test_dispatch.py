@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from robust_dpo import dispatch as module
+from robust_dpo import losses, probes
 from robust_dpo.dispatch import Backend, BackendStatus, backends, choose_backend, get_row_logprob, register_backend
-from robust_dpo.kernels import row_logprob_torch
+from robust_dpo.kernels import calibration_weights_torch, rescale_torch, row_logprob_torch
 
+PLAIN = {"row_logprob": "robust_dpo.kernels.row_logprob_torch:row_logprob"}
 REQUIRED = os.environ.get("ROBUST_DPO_REQUIRE_BACKENDS", "").split()
 
 
@@ -24,9 +32,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def fake(name: str, *, usable: bool = True, **options: object) -> Backend:
-    launchers = {module.ROW_LOGPROB: "robust_dpo.kernels.row_logprob_torch:row_logprob"}
     status = BackendStatus(name, True, usable, "made for a test")
-    return Backend(name, lambda: status, **({"launchers": launchers} | options))  # type: ignore[arg-type]
+    return Backend(name, lambda: status, **({"launchers": PLAIN} | options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", REQUIRED or ["torch"])
@@ -43,7 +50,7 @@ def test_report_has_a_line_for_each_backend_and_the_versions() -> None:
     assert {line.split()[0] for line in lines[:-1]} == {"torch", "cpu", "triton", "cuda"}
     assert f"torch {torch.__version__}" in lines[-1]
     assert all(status.detail for status in report.backends)
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="expected one of cpu, cuda, torch, triton, got 'tpu'"):
         report["tpu"]
 
 
@@ -86,7 +93,7 @@ def test_cuda_says_why_it_cannot_run() -> None:
      ("sm_100", 120, False), ("compute_120", 120, True), ("compute_90", 121, True), ("compute_120", 100, False)],
 )  # fmt: skip
 def test_machine_code_runs_within_a_generation_and_ptx_on_later_ones(chip: str, capability: int, runs: bool) -> None:
-    assert module._runs(chip, capability) is runs
+    assert probes.runs_on(chip, capability) is runs
 
 
 def test_interpreter_is_never_chosen_by_auto() -> None:
@@ -131,3 +138,115 @@ def test_explicit_backend_never_falls_back(options: dict[str, object], why: str)
 def test_nothing_can_run_shows_the_report() -> None:
     with pytest.raises(RuntimeError, match=r"no backend runs row_logprob with torch.int8 on cpu:\n(.*\n)*torch"):
         get_row_logprob("auto", "cpu", torch.int8)
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("wrong", ["raises", "another-name", "no-status"])
+def test_a_bad_probe_makes_its_backend_unusable_and_no_other(wrong: str) -> None:
+    def probe() -> BackendStatus:
+        if wrong == "raises":
+            raise OSError("no such device")
+        return BackendStatus("other", True, True, "") if wrong == "another-name" else "usable"  # type: ignore[return-value]
+
+    register_backend(Backend("bad", probe, PLAIN, priority=99))
+    why = {"raises": "OSError: no such device", "another-name": "a BackendStatus named 'bad'", "no-status": "'usable'"}
+    assert why[wrong] in backends()["bad"].detail
+    assert choose_backend("row_logprob", "auto", "cpu", torch.float32).name != "bad"
+    with pytest.raises(RuntimeError, match=r"backend 'bad' cannot run row_logprob .* its probe"):
+        get_row_logprob("bad", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"name": "auto"}, ValueError, "name: expected a name, and not 'auto'"),
+        ({"name": None}, TypeError, "name: expected the name of the backend, got NoneType"),
+        ({"probe": "here"}, TypeError, "probe of backend 'mine': expected a function"),
+        ({"launchers": {"row_logprobs": "m:f"}}, ValueError, "launchers of backend 'mine': .*, got 'row_logprobs'"),
+        ({"launchers": {"row_logprob": "m.f"}}, ValueError, """'mine': expected "module:function" .*, got 'm.f'"""),
+        ({"launchers": {"row_logprob": print}}, TypeError, """'mine': expected "module:function" .*, got builtin"""),
+        ({"device_types": {"cpu"}}, ValueError, "device_types of backend 'mine': expected a frozenset of str"),
+        ({"dtypes": frozenset({"fp32"})}, ValueError, "dtypes of backend 'mine': expected a frozenset of dtype"),
+        ({"priority": 1.5}, TypeError, "priority of backend 'mine': expected a whole number, got float"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_backends_are_checked(change: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        Backend(**{"name": "mine", "probe": lambda: None, "launchers": PLAIN} | change)
+
+
+def test_only_backends_are_registered() -> None:
+    with pytest.raises(TypeError, match="backend: expected a Backend, got str"):
+        register_backend("mine")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("place", ["no_such_module:row", "robust_dpo.errors:row"])
+def test_launchers_that_cannot_be_loaded_name_the_backend(place: str) -> None:
+    register_backend(fake("mine", launchers={"row_logprob": place}))
+    with pytest.raises(RuntimeError, match=f"backend 'mine': cannot load '{place}': "):
+        get_row_logprob("mine", "cpu", torch.float32)
+
+
+@pytest.mark.usefixtures("registry")
+def test_an_epilogue_needs_supports_beside_it() -> None:
+    register_backend(fake("mine", launchers=PLAIN | {"group_epilogue": "robust_dpo.errors:type_error"}))
+    with pytest.raises(RuntimeError, match=r"backend 'mine': cannot load 'robust_dpo\.errors:supports'"):
+        module.get_group_epilogue("mine", "cpu", torch.float32, losses.resolve("sigmoid"), 2)
+
+
+@pytest.mark.usefixtures("registry")
+def test_plain_torch_stands_in_for_all_but_row_logprob() -> None:
+    register_backend(fake("mine"))
+    assert module.get_rescale("mine", "cpu", torch.float32) is rescale_torch.rescale
+    found = module.get_calibration_weights("mine", "cpu", torch.float32)
+    assert found is calibration_weights_torch.calibration_weights
+    assert module.get_group_epilogue("mine", "cpu", torch.float32, losses.resolve("sigmoid"), 2) is None
+    assert not module.has_fused_head("mine", "cpu", torch.float32)
+
+
+@pytest.mark.usefixtures("registry")
+def test_backends_of_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "installed_backend.py").write_text(
+        "from robust_dpo.dispatch import Backend, BackendStatus\n"
+        'BACKEND = Backend("installed", lambda: BackendStatus("installed", True, True, "here"))\n',
+        encoding="utf-8",
+    )
+    metadata = tmp_path / "installed_backend-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: installed_backend\nVersion: 1\n", encoding="utf-8")
+    (metadata / "entry_points.txt").write_text(
+        "[robust_dpo.backends]\ninstalled = installed_backend:BACKEND\nbroken = installed_backend:NOTHING\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module._register_installed()
+    assert backends()["installed"].detail == "here"
+    assert "entry point 'installed_backend:NOTHING' raised AttributeError" in backends()["broken"].detail
+
+
+def test_a_source_tree_says_what_it_hides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, installed = tmp_path / "clone" / "robust_dpo", tmp_path / "site-packages" / "robust_dpo"
+    for folder in (tree, installed):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(probes, "__file__", str(tree / "probes.py"))
+    monkeypatch.setattr(sys, "path", [str(tree.parent), str(installed.parent)])
+    assert probes.hidden_build() is None
+    (installed / f"_cpu{EXTENSION_SUFFIXES[0]}").touch()
+    assert probes.hidden_build() == installed
+    assert f"hides the installed {installed}" in probes._why_not_built()
+    (tree / f"_cpu{EXTENSION_SUFFIXES[0]}").touch()
+    assert probes.hidden_build() is None
+
+
+@pytest.mark.parametrize("program", ["import triton, os; os.environ['TRITON_INTERPRET'] = '1'", "import os; {}"])
+def test_a_late_wish_for_the_interpreter(program: str) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    late = "import robust_dpo.dispatch; os.environ['TRITON_INTERPRET'] = '1'"
+    program = f"{program.format(late)}; import robust_dpo; print(robust_dpo.backends()['triton'])"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "not usable" in done.stdout
+    assert "set it before Python starts" in done.stdout

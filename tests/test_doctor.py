@@ -17,6 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from robust_dpo import dispatch
+from robust_dpo.calibration import density_ratio
 from robust_dpo.cli import app, doctor, findings, live_checks
 from robust_dpo.cli.exit_codes import ExitCode
 from robust_dpo.cli.findings import Findings
@@ -119,6 +120,11 @@ def without_native_code() -> BackendReport:
         pytest.param({"missing": ("peft", "scipy")}, "pip install peft scipy", id="missing-packages"),
         pytest.param({"healths": {"triton": CRASHED}}, "triton failed the check", id="unsound"),
         pytest.param({"report": without_native_code()}, "install g++", id="no-native-code"),
+        pytest.param(
+            {"report": without_native_code(), "hidden_build": Path("site-packages")},
+            "leave this directory",
+            id="source-tree-in-front",
+        ),
         pytest.param({"gpu": False}, None, id="no-gpu-wanted"),
         pytest.param({"gpu": False, "driver_present": True}, "install a CUDA build", id="torch-without-cuda"),
         pytest.param({"gpu": False, "torch_has_gpu_code": True}, "CUDA_VISIBLE_DEVICES", id="no-gpu-visible"),
@@ -180,6 +186,22 @@ def test_a_backend_that_cannot_run_says_why() -> None:
     assert not health.sound
     assert health.failure is not None
     assert "cannot run row_logprob" in health.failure
+
+
+def test_checks_the_package_that_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In a clone the current directory has a package of the same name, which Python would find first.
+    (tmp_path / "robust_dpo").mkdir()
+    (tmp_path / "robust_dpo" / "__init__.py").write_text("raise RuntimeError('another package')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert ask(["torch"])["torch"].sound
+
+
+def test_operators_without_code_are_run_by_torch() -> None:
+    if not dispatch.backends()["cpu"].usable:
+        pytest.skip(dispatch.backends()["cpu"].detail)
+    assert "calibration_weights" not in check_backend("cpu").errors
+    probs = torch.rand(9)
+    assert torch.equal(density_ratio(probs, backend="cpu"), density_ratio(probs, backend="torch"))
 
 
 def _python(program: str) -> subprocess.Popen[str]:

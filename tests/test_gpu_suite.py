@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from robust_dpo import backends
-from robust_dpo.bench import catalogue, implementation, main, preflight, report, smoke, suite
+from robust_dpo.bench import catalogue, implementation, main, package, preflight, report, smoke, suite
 from robust_dpo.bench import compare as compare_module
 from robust_dpo.bench import machine as machine_module
 from robust_dpo.bench.budget import Budget, OutOfTime, Pace
@@ -552,6 +553,54 @@ def test_gpu_tests_are_counted(tmp_path, source, status, detail) -> None:
     assert bool(outcome.output) == outcome.failed
 
 
+def checkout_beside(folder: Path) -> Path:
+    """A copy of the package's sources with one test, which tells where its process imports the package from."""
+    shutil.copytree(package.ROOT / "robust_dpo", folder / "robust_dpo", ignore=shutil.ignore_patterns("*.so"))
+    (folder / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['gpu: needs one']\n")
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_one.py").write_text(f"""
+import pathlib
+import pytest, robust_dpo
+pytestmark = pytest.mark.gpu
+def test_package():
+    assert pathlib.Path(robust_dpo.__file__).resolve().parents[1] == pathlib.Path({str(package.ROOT)!r})
+""")
+    return folder
+
+
+def test_gpu_tests_of_a_checkout_run_on_the_package_that_is_measured(tmp_path) -> None:
+    checkout = checkout_beside(tmp_path)
+    outcome = run_tests(checkout, 60, marker="gpu")
+    assert outcome.status == "passed" and outcome.detail.startswith("1 passed"), outcome
+
+
+@pytest.mark.parametrize("change", ["differs", "is new", "is missing"])
+def test_gpu_tests_of_another_package_are_refused(tmp_path, change) -> None:
+    checkout = checkout_beside(tmp_path)
+    path = checkout / "robust_dpo" / ("new.py" if change == "is new" else "dispatch.py")
+    path.unlink() if change == "is missing" else path.write_text("x = 1")
+    outcome = run_tests(checkout, 60, marker="gpu")
+    assert outcome.status == "not run" and f"robust_dpo/{path.name} differs" in outcome.detail
+    assert str(checkout) in outcome.detail and str(package.ROOT) in outcome.detail
+
+
+def test_other_processes_import_the_same_package(tmp_path, monkeypatch) -> None:
+    """Whatever lies in the folder that they start in."""
+    (tmp_path / "robust_dpo").mkdir()
+    (tmp_path / "robust_dpo" / "__init__.py").write_text("raise RuntimeError('the wrong one')")
+    (tmp_path / "probe.py").write_text("import sys, robust_dpo; print(robust_dpo.__file__, *sys.argv[1:])")
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(
+        package.module_command("probe", "--first", "second"),
+        env=package.child_environment({"EXTRA": "1"}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(package.ROOT / "robust_dpo" / "__init__.py"), "--first", "second"]
+    assert package.child_environment({"EXTRA": "1"})["PYTHONPATH"].split(os.pathsep)[0] == str(package.ROOT)
+
+
 def test_gpu_tests_that_cannot_run_say_why(tmp_path) -> None:
     assert run_tests(tmp_path, 60).detail == "not a checkout: there are no tests"
     (tmp_path / "pyproject.toml").write_text("")
@@ -603,7 +652,7 @@ def test_sanitizer_is_asked_for_memcheck(tmp_path, code, status) -> None:
     outcome = run_sanitizer(60, str(tool))
     assert outcome.status == status
     asked = (tmp_path / "asked").read_text()
-    assert "--tool memcheck --error-exitcode 9" in asked and "-m robust_dpo.bench.smoke --device cuda 1" in asked
+    assert "--tool memcheck --error-exitcode 9" in asked and "robust_dpo.bench.smoke --device cuda 1" in asked
 
 
 def test_a_failed_check_fails_the_run_but_not_the_measurements(tmp_path) -> None:

@@ -335,11 +335,18 @@ def test_kernels_without_a_variant_are_refused(monkeypatch: pytest.MonkeyPatch) 
         variants_of("aot_samples")
 
 
-def test_bad_call_of_the_report() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "kernel_report.py"), "--targets", "sm_90,sm_7"]
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--targets", "sm_90,sm_7"], ["--targets: expected some of sm_80", "got sm_7"]),
+        (["--module", "nowhere.kernels"], ["--module: expected a module installed", "got nowhere.kernels"]),
+    ],
+    ids=["target", "module"],
+)
+def test_bad_calls_of_the_report(arguments: list[str], messages: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernel_report.py"), *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 2
-    assert "--targets: expected some of sm_80" in done.stderr
-    assert "got sm_7" in done.stderr
+    assert [message for message in messages if message not in done.stderr] == []

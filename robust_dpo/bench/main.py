@@ -60,8 +60,10 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def parse(arguments: Sequence[str] | None = None, description: str | None = None) -> Options:
-    """Options from a command line."""
+def parse(
+    arguments: Sequence[str] | None = None, description: str | None = None, checkout: Path | None = None
+) -> Options:
+    """Options from a command line; `checkout` as in `Options`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -78,13 +80,13 @@ def parse(arguments: Sequence[str] | None = None, description: str | None = None
     parser.add_argument("--no-preflight", action="store_true", help="no tests and no sanitizer before measuring")
     found = parser.parse_args(arguments)
     return Options(
-        found.out, found.minutes, found.device, found.only, found.compare, found.quick, not found.no_preflight
+        found.out, found.minutes, found.device, found.only, found.compare, found.quick, not found.no_preflight, checkout
     )
 
 
-def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, description: str | None = None, checkout: Path | None = None) -> int:
     """The suite as a script; the exit code is 1 if a check or something of ours failed, 2 for a wrong argument."""
-    options = parse(arguments, description)
+    options = parse(arguments, description, checkout)
     console = Console(highlight=False, soft_wrap=True)
 
     def log(line: str) -> None:

@@ -30,6 +30,7 @@ class Options:
         compare: names of implementations beside ours, or ("all",).
         quick: tiny shapes, to see that everything runs.
         preflight: whether tests and sanitizer run first on a GPU.
+        checkout: whose tests those are; None for the folder that the package was imported from.
     """
 
     out: Path
@@ -39,6 +40,7 @@ class Options:
     compare: tuple[str, ...] = ("all",)
     quick: bool = False
     preflight: bool = True
+    checkout: Path | None = None
 
     def resolve_device(self) -> torch.device:
         """The device to measure.

@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from robust_dpo.bench import package
 
 _SANITIZER_ERRORS = 9
 _CUDA_FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")
@@ -59,7 +60,7 @@ def _run(
     with subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, **(environment or {})},
+        env=package.child_environment(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -87,13 +88,16 @@ def _signal_all(process: subprocess.Popen[str], number: signal.Signals) -> None:
 
 
 def run_tests(root: Path, timeout: float, *, marker: str = "gpu and not slow") -> Outcome:
-    """`pytest -m "gpu and not slow" tests` in a checkout, in a process of its own."""
+    """`pytest -m "gpu and not slow" tests` in a checkout, in a process of its own, on the package of this process."""
     # An installed package may lie beside the tests of another.
     if not ((root / "tests").is_dir() and (root / "pyproject.toml").is_file()):
         return Outcome("not run", "not a checkout: there are no tests")
+    if other := package.difference_from(root):
+        why = f"the package that is measured, in {package.ROOT}, is not that of the checkout {root}: {other} differs"
+        return Outcome("not run", f"{why}; install the checkout again")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-m", marker, f"--junitxml={report}", "tests"]
+        command = package.module_command("pytest", "-q", "-m", marker, f"--junitxml={report}", "tests")
         code, output = _run(command, root, timeout)
         counts = _counts(report)
     # Exit code 5: no test was collected, which is no proof of anything.
@@ -128,7 +132,7 @@ def run_sanitizer(timeout: float, tool: str | None = None) -> Outcome:
     tool = find_sanitizer() if tool is None else tool
     if tool is None:
         return Outcome("not run", "compute-sanitizer: command not found")
-    script = [sys.executable, "-m", "robust_dpo.bench.smoke", "--device", "cuda"]
+    script = package.module_command("robust_dpo.bench.smoke", "--device", "cuda")
     command = [tool, "--tool", "memcheck", "--error-exitcode", str(_SANITIZER_ERRORS), *script]
     code, output = _run(command, None, timeout, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     if code is None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-import robust_dpo
+from robust_dpo.bench import package
 from robust_dpo.bench.budget import Budget, OutOfTime, Pace
 from robust_dpo.bench.cases.base import Case
 from robust_dpo.bench.catalogue import cases_for
@@ -82,7 +80,7 @@ def run_suite(options: Options, log: Log, cases: Sequence[Case] | None = None) -
 
 
 def _preflight(options: Options, store: Store, budget: Budget, log: Log) -> None:
-    root = Path(robust_dpo.__file__).resolve().parents[1]
+    root = package.ROOT if options.checkout is None else options.checkout
     checks: dict[str, Callable[[float], Outcome]] = {
         "tests": lambda timeout: run_tests(root, timeout),
         "sanitizer": run_sanitizer,
@@ -157,5 +155,5 @@ def _failed(store: Store) -> bool:
 def go_on_elsewhere(options: Options, minutes: float) -> int:
     """The rest of a run in a new process, after a device was lost; its exit code. The checks had their turn."""
     rest = replace(options, preflight=False)
-    command = [sys.executable, "-m", "robust_dpo.bench", *rest.arguments(minutes)]
-    return subprocess.run(command, check=False).returncode
+    command = package.module_command("robust_dpo.bench", *rest.arguments(minutes))
+    return subprocess.run(command, env=package.child_environment(), check=False).returncode

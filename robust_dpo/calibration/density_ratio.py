@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robust_dpo.checks import POSITIVE, Interval, check_flag, check_number
-from robust_dpo.dispatch import get_calibration_weights
+from robust_dpo.dispatch import backend_name, get_calibration_weights
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.kernels.calibration_weights import WeightForm
 from robust_dpo.kernels.calibration_weights_torch import mixture_weights, paper_weights
@@ -61,7 +61,8 @@ def density_ratio(
         clip: upper bound of h, > 0; default none.
         per_source: the last axis of `probs` holds one classifier for each source. Not for `official`.
         group_size: K, for flat `probs` with `official`.
-        backend: "auto", or one that must be used ("torch", "cpu", "triton", "cuda"). "torch" and "cpu" take float64.
+        backend: "auto", or one that must be used; plain PyTorch stands in where it has no such kernel. "triton" and
+            "cuda" take no float64.
 
     Returns:
         h in the dtype of `probs`, at least fp32; shaped like `probs`, without its last axis with `per_source`. It is
@@ -88,7 +89,7 @@ def density_ratio(
         slots = _mixture_or_paper(probs, form, alpha, betas, gammas, per_source)
     clip = None if clip is None else check_number("clip", clip, POSITIVE)
     classifiers = probs.shape[-1] if per_source else 1
-    launcher = get_calibration_weights(backend, probs.device, probs.dtype)
+    launcher = get_calibration_weights(backend_name(backend), probs.device, probs.dtype)
     h = launcher(
         probs.reshape(probs.numel() // classifiers, classifiers).contiguous(),
         probs.new_tensor(slots.betas),
@@ -179,8 +180,10 @@ def _numbers(name: str, values: Numbers, interval: Interval) -> list[float]:
 
 
 def _checked_probs(probs: Tensor) -> Tensor:
-    if not isinstance(probs, Tensor) or not probs.is_floating_point():
+    if not isinstance(probs, Tensor):
         raise type_error("probs", "a floating tensor of probabilities", probs)
+    if not probs.is_floating_point():
+        raise TypeError(f"probs: expected a floating tensor of probabilities, got {probs.dtype}")
     probs = probs.detach().to(torch.promote_types(probs.dtype, torch.float32))
     bad = ~((probs >= 0) & (probs <= 1))
     if bool(bad.any()):

@@ -140,6 +140,7 @@ def _look() -> Findings:
 
     from robust_dpo.cli.live_checks import ask
     from robust_dpo.dispatch import backends
+    from robust_dpo.probes import hidden_build
 
     report = backends()
     return Findings(
@@ -150,6 +151,7 @@ def _look() -> Findings:
         driver_present=nvidia_driver_present(),
         missing=tuple(name for name in REQUIRED if installed(name) is None),
         optional={name: installed(name) for name in OPTIONAL},
+        hidden_build=hidden_build(),
     )
 
 

@@ -64,6 +64,7 @@ class Findings:
         missing: packages that are required and not there.
         optional: versions of the optional packages, None where not installed.
         system: operating system, as `platform.system()` has it.
+        hidden_build: an installed package with native code that this one, a source tree without, stands in front of.
     """
 
     report: BackendReport
@@ -74,6 +75,7 @@ class Findings:
     missing: tuple[str, ...] = ()
     optional: Mapping[str, str | None] = field(default_factory=dict)
     system: str = platform.system()
+    hidden_build: Path | None = None
 
     @property
     def anything_runs(self) -> bool:
@@ -102,6 +104,8 @@ def _native_cpu_code(found: Findings) -> str | None:
     status = {each.name: each for each in found.report.backends}.get("cpu")
     if status is None or status.built:
         return None
+    if found.hidden_build is not None:
+        return "native CPU kernels: leave this directory, whose source tree hides them, or pip install -e . in it"
     return "native CPU kernels: install g++, then reinstall with ROBUST_DPO_BUILD=cpu, which says what fails"
 
 

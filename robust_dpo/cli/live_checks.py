@@ -7,7 +7,6 @@ Every backend is asked in a process of its own: one that crashes, hangs or canno
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,9 +21,9 @@ from torch import Tensor
 from robust_dpo import linear_preference_loss, losses, reference
 from robust_dpo.calibration.density_ratio import Form, density_ratio
 from robust_dpo.dispatch import (
+    CALIBRATION_WEIGHTS,
     ROW_LOGPROB,
     choose_backend,
-    get_calibration_weights,
     get_group_epilogue,
     get_row_logprob,
     has_fused_head,
@@ -67,15 +66,15 @@ class Health:
 
 def ask(names: Iterable[str]) -> dict[str, Health]:
     """The health of each backend; they are asked at the same time."""
+    # First on the path, before the current directory: a source tree there is not the package that this one reports on.
     package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    setup = f"import sys; sys.path.insert(0, {package!r}); from robust_dpo.cli.live_checks import answer"
     running = {
         name: subprocess.Popen(
-            [sys.executable, "-c", f"from robust_dpo.cli.live_checks import answer; answer({name!r})"],
+            [sys.executable, "-c", f"{setup}; answer({name!r})"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path},
         )
         for name in names
     }
@@ -199,7 +198,7 @@ def _check_group_epilogue(name: str, device: torch.device) -> float | None:
 
 def _check_calibration_weights(name: str, device: torch.device) -> float | None:
     try:
-        get_calibration_weights(name, device, torch.float32)
+        choose_backend(CALIBRATION_WEIGHTS, name, device, torch.float32)
     except RuntimeError:  # the backend has none
         return None
     probs = torch.linspace(0.02, 0.98, 8)

@@ -6,12 +6,13 @@ A new loss is one function, decorated with `register_loss`, in one file of this 
 from robust_dpo.checks import Interval
 from robust_dpo.losses import likelihood, listwise, pairwise
 from robust_dpo.losses.pairs import Pair, pairwise_loss, ranked_pairs
-from robust_dpo.losses.registry import BoundLoss, available_losses, register_loss, resolve
+from robust_dpo.losses.registry import BoundLoss, UnknownOption, available_losses, register_loss, resolve
 
 __all__ = [
     "BoundLoss",
     "Interval",
     "Pair",
+    "UnknownOption",
     "available_losses",
     "likelihood",
     "listwise",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,21 @@ class BoundLoss:
         return losses
 
 
+class UnknownOption(TypeError):
+    """Options that a loss does not have.
+
+    Args:
+        loss: its name.
+        unknown: options that were given and are not among
+        accepted: those that it has.
+    """
+
+    def __init__(self, loss: str, unknown: Sequence[str], accepted: Sequence[str]) -> None:
+        self.unknown, self.accepted = tuple(unknown), tuple(accepted)
+        expected = f"one of {', '.join(accepted)}" if accepted else "none"
+        super().__init__(f"options of loss {loss!r}: expected {expected}, got {', '.join(unknown)}")
+
+
 @dataclass(frozen=True)
 class _Registered:
     function: LossFunction
@@ -137,7 +152,8 @@ def resolve(
 
     Raises:
         ValueError: no loss has that name, or a value is out of its range.
-        TypeError: `loss` cannot be called, it has no option of that name, or a value is of the wrong type.
+        TypeError: `loss` cannot be called, or a value is of the wrong type.
+        UnknownOption: the loss has no option of that name (a TypeError).
     """
     options = dict(options or {})
     if beta is not None:
@@ -210,5 +226,4 @@ def _keywords(function: LossFunction) -> list[inspect.Parameter]:
 def _refuse_unknown(name: str, options: Mapping[str, Any], accepted: list[str]) -> None:
     unknown = [option for option in options if option not in accepted]
     if unknown:
-        expected = f"one of {', '.join(accepted)}" if accepted else "none"
-        raise TypeError(f"options of loss {name!r}: expected {expected}, got {', '.join(unknown)}")
+        raise UnknownOption(name, unknown, accepted)

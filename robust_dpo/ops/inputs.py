@@ -1,4 +1,4 @@
-"""Checks of what the head operators are called with; none of them reads the contents of a tensor."""
+"""Checks of what the head operators are called with; none of them waits for a device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from robust_dpo.checks import FINITE, POSITIVE, check_number
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.groups import GroupLayout
+from robust_dpo.ops import row_selection
 from robust_dpo.ops.host import fetch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,7 +75,9 @@ def check_targets(targets: object, leading: torch.Size, seq_lens: object, device
     """
     tokens = check_integers("targets", targets, device)
     if tokens.shape != leading:
-        raise argument_error("targets", f"shape {list(leading)}, the leading dimensions of {owner}", list(tokens.shape))
+        forms = "" if tokens.ndim == len(leading) else " ([B, T] padded, or [N] packed)"
+        expected = f"shape {list(leading)}, the leading dimensions of {owner}{forms}"
+        raise argument_error("targets", expected, list(tokens.shape))
     if len(leading) == 2:
         if seq_lens is not None:
             raise argument_error("seq_lens", f"None beside {owner} with a row for every response", "a tensor")
@@ -84,14 +87,10 @@ def check_targets(targets: object, leading: torch.Size, seq_lens: object, device
     lens = check_sizes("seq_lens", seq_lens, device)
     if lens.ndim != 1:
         raise argument_error("seq_lens", "shape [S]", list(lens.shape))
+    if lens.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Said here where it costs nothing: a missing length would otherwise be taken for a group that is not whole.
+        row_selection.check_lengths(int(lens.amin()) if len(lens) else 0, int(lens.sum()), leading[0])
     return lens.shape[0]
-
-
-def check_backend(backend: object) -> str:
-    """A name; whether there is such a backend, and whether it can run this, is said when it is chosen."""
-    if not isinstance(backend, str):
-        raise type_error("backend", "the name of a backend, or 'auto'", backend)
-    return backend
 
 
 def check_logit_transform(softcap: object, logit_scale: object) -> tuple[float | None, float]:
@@ -101,10 +100,16 @@ def check_logit_transform(softcap: object, logit_scale: object) -> tuple[float |
 
 
 def check_tile_dtype(tile_dtype: object, dtype: torch.dtype) -> torch.dtype | None:
-    """None, or a dtype that is the inputs' own or float32."""
-    if tile_dtype is None or tile_dtype == dtype or (tile_dtype == torch.float32 and dtype.itemsize == 2):
-        return tile_dtype
-    raise argument_error("tile_dtype", f"None, {dtype} as the inputs, or torch.float32 for half precision", tile_dtype)
+    """None, or a dtype that is the inputs' own or, for half precision, float32."""
+    if tile_dtype is None:
+        return None
+    if not isinstance(tile_dtype, torch.dtype):
+        raise type_error("tile_dtype", "a torch.dtype such as torch.float32, or None", tile_dtype)
+    allowed = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
+    if tile_dtype not in allowed:
+        expected = f"None or {' or '.join(map(str, allowed))} for inputs of {dtype}"
+        raise argument_error("tile_dtype", expected, tile_dtype)
+    return tile_dtype
 
 
 def check_lengths(lengths: object, responses: int, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robust_dpo import losses
+from robust_dpo.dispatch import backend_name
 from robust_dpo.errors import argument_error
 from robust_dpo.ops import inputs
 from robust_dpo.ops.autocast import autocast_dtype, autocast_off
@@ -67,7 +68,9 @@ def linear_preference_loss(
         hidden: [B, T, H], one response in every row, rows of a group adjacent; or [N, H], responses packed one after
             the other, with `seq_lens`. fp32, bf16, fp16 or float64.
         weight: [V, H] LM head, same dtype and device.
-        targets: [B, T] or [N] int64, the token that each position predicts (already shifted), −100 where ignored.
+        targets: [B, T] or [N] int64, the token that each position predicts (already shifted), −100 where ignored. A
+            response without any target is not refused: its log-prob is the empty sum, 0, it counts as one token long,
+            and its `ref_logps` are taken as they are. Leave such groups out.
         group_size: responses of every group (2: chosen, rejected).
         group_sizes: [G] integers, for groups of different sizes; `group_size` is then not used.
         seq_lens: [S] integers, rows of each packed response; on the CPU, or beside the targets.
@@ -85,7 +88,7 @@ def linear_preference_loss(
             add up to the gradient of the whole batch. See `PreferenceOutput.log_partition`.
         softcap: final logit softcap > 0.
         logit_scale: factor of the logits.
-        backend: "auto", or one that must be used ("torch", "cpu").
+        backend: "auto", or one that must be used: "torch", "cpu", "triton" (no float64), or a registered one.
         tile_dtype: dtype in which logits meet the softmax: torch.float32, the inputs' own, or None for the accurate one
             where it is cheap.
         chunk_bytes: memory for the logits of a chunk; None takes the default of the device.
@@ -108,7 +111,7 @@ def linear_preference_loss(
     compute_dtype = autocast_dtype(hidden, weight)
     tile_dtype = inputs.check_tile_dtype(tile_dtype, compute_dtype)
     refuse_parameters(loss)
-    objective = name_objective(loss, beta, loss_options, robust)
+    objective = name_objective(loss, beta, loss_options, robust, linear_preference_loss)
     rows = hidden.shape[0] * (hidden.shape[1] if hidden.ndim == 3 else 1)
     live = torch.is_grad_enabled()
     try:
@@ -134,7 +137,7 @@ def linear_preference_loss(
                 compute_dtype,
                 tile_dtype,
                 chunk_rows(weight.shape[0], tile_dtype or compute_dtype, device, chunk_bytes, rows),
-                inputs.check_backend(backend),
+                backend_name(backend),
                 live and hidden.requires_grad,
                 live and weight.requires_grad,
                 live and bias is not None and bias.requires_grad,

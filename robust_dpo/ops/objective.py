@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -119,9 +121,16 @@ _GUARDS_IDENTITY = "2.13"
 
 
 def name_objective(
-    loss: Loss, beta: float | None, options: Mapping[str, Any], aggregation: str | RobustObjective
+    loss: Loss,
+    beta: float | None,
+    options: Mapping[str, Any],
+    aggregation: str | RobustObjective,
+    caller: Callable[..., object],
 ) -> str:
-    """Check an objective and give it the name that `named` knows it by, until `forget`."""
+    """Check an objective and give it the name that `named` knows it by, until `forget`.
+
+    `caller` took the options beside arguments of its own, one of which may have been meant by an unknown option.
+    """
     if torch.compiler.is_compiling():
         names = tuple(options)
         # The identity is a guard: functions that differ only in what they close over share their code.
@@ -130,10 +139,22 @@ def name_objective(
         kind, fields, settings = _taken_apart(aggregation)
         graph_name: str = _name_for_graph(loss, identity, _encode(beta), names, values, kind, fields, settings)
         return graph_name
-    objective = Objective.resolve(loss, beta, options, aggregation)
+    try:
+        objective = Objective.resolve(loss, beta, options, aggregation)
+    except losses.UnknownOption as error:
+        raise TypeError(f"{error}{_other_meaning(error, caller)}") from None
     name = f"{objective.key}#{next(_CALLS)}"
     _NAMED[name] = objective
     return name
+
+
+def _other_meaning(error: losses.UnknownOption, caller: Callable[..., object]) -> str:
+    """What an unknown option may have been meant to be: an argument of `caller`, or an option misspelt."""
+    parameters = inspect.signature(caller).parameters.values()
+    known = [*error.accepted, *(each.name for each in parameters if each.kind is not each.VAR_KEYWORD)]
+    near = [match for name in error.unknown for match in difflib.get_close_matches(name, known, n=2)]
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f" ({caller.__name__} has no such argument either{meant})"
 
 
 def named(name: str) -> Objective:

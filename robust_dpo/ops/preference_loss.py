@@ -57,7 +57,7 @@ def preference_loss(
     if not torch.compiler.is_compiling():
         inputs.check_values(ref_logps, calibration, scores)
     # By name, as in the custom ops: torch.compile does not trace methods of an object that it made itself.
-    name = name_objective(loss, beta, loss_options, robust)
+    name = name_objective(loss, beta, loss_options, robust, preference_loss)
     objective = named(name)
     forget(name)
     dtype = torch.promote_types(logps.dtype, torch.float32)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from robust_dpo.dispatch import backend_name
 from robust_dpo.errors import argument_error
 from robust_dpo.kernels.row_logprob import RowLogprob
 from robust_dpo.ops import inputs
@@ -62,7 +63,7 @@ def sequence_logps(
         entropy: also return the entropy at each position (and the log-prob of each token).
 
     Returns:
-        logps [S], or `SequenceLogps` where `per_token` or `entropy` is asked for.
+        logps [S], or `SequenceLogps` where `per_token` or `entropy` is asked for; 0 for a response without a target.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -74,7 +75,7 @@ def sequence_logps(
     dtype = autocast_dtype(hidden, weight)
     tile_dtype = inputs.check_tile_dtype(tile_dtype, dtype)
     max_rows = chunk_rows(weight.shape[0], tile_dtype or dtype, hidden.device, chunk_bytes, targets.numel())
-    backend = inputs.check_backend(backend)
+    backend = backend_name(backend)
     result = _forward(
         hidden, weight, targets, seq_lens, bias, softcap, logit_scale, dtype, tile_dtype, max_rows, backend, entropy
     )
@@ -117,7 +118,7 @@ def sequence_logps_from_logits(
     inputs.check_targets(targets, logits.shape[:-1], seq_lens, logits.device, "logits")
     softcap, logit_scale = inputs.check_logit_transform(softcap, logit_scale)
     max_rows = chunk_rows(logits.shape[-1], logits.dtype, logits.device, chunk_bytes, targets.numel())
-    backend = inputs.check_backend(backend)
+    backend = backend_name(backend)
     logps, token_logps, entropies, _ = logits_logps(
         logits, targets, seq_lens, softcap, logit_scale, max_rows, backend, entropy
     )

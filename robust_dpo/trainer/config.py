@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from robust_dpo import losses
 from robust_dpo.calibration.density_ratio import Form
 from robust_dpo.calibration.reduce import REDUCTIONS
+from robust_dpo.dispatch import check_backend
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.losses import BoundLoss
 from robust_dpo.robust import MODES, Mean, RobustObjective, from_mode
@@ -126,6 +127,7 @@ class RobustDPOConfig(TrainingArguments):
         if self.batch_eval_metrics:
             raise argument_error("batch_eval_metrics", "False: evaluation solves one objective over all groups", True)
         self._check_choices()
+        check_backend(self.backend, self.device)
         self._check_counts()
         for name in OPTION_FIELDS:
             if getattr(self, name) is None:
