@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import stat
@@ -21,11 +22,12 @@ import pytest
 import torch
 
 from robust_dpo import backends
-from robust_dpo.bench import catalogue, implementation, main, package, preflight, report, smoke, suite
+from robust_dpo.bench import catalogue, implementation, main, package, preflight, report, rounding, smoke, suite
 from robust_dpo.bench import compare as compare_module
 from robust_dpo.bench import machine as machine_module
 from robust_dpo.bench.budget import Budget, OutOfTime, Pace, minutes_for
-from robust_dpo.bench.cases.base import Case
+from robust_dpo.bench.cases import epilogue
+from robust_dpo.bench.cases.base import GRADIENT_LIMIT, KERNEL_LIMIT, Case
 from robust_dpo.bench.cases.epilogue import EpilogueCase
 from robust_dpo.bench.cases.head import HeadCase
 from robust_dpo.bench.cases.row_shapes import RowShapesCase, label, shapes_around
@@ -531,6 +533,26 @@ def test_a_missing_gpu_is_explained(tmp_path, capsys) -> None:
     assert "device: expected auto or cpu on this machine, got 'cuda'" in capsys.readouterr().err
 
 
+def test_the_document_states_the_limits_of_the_code() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    rows = {cells[1].strip(): cells for line in page.splitlines() if len(cells := line.split("|")) == 5}
+
+    def numbers(row: str, column: int) -> list[float]:
+        return [float(found) for found in re.findall(r"\d(?:\.\d)?e-\d", rows[row][column])]
+
+    assert numbers("row kernel, logits route", 2)[0] == KERNEL_LIMIT == numbers("`calibration_weights`", 2)[0]
+    limits = [GRADIENT_LIMIT[dtype] for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    assert numbers("row kernel, logits route", 3) == limits
+    assert numbers("`group_epilogue`", 3) == [epilogue._LIMIT]
+    heads = {
+        "head, fp32 inputs": rounding._OF_WIDE_INPUTS,
+        "head, bf16 inputs, fp32 tile asked for": rounding._OF_WIDE_TILE,
+        "head, bf16 inputs, any other tile": rounding._OF_NARROW_TILE,
+    }
+    for row, (loss, gradient) in heads.items():
+        assert (numbers(row, 2), numbers(row, 3)) == ([loss], [gradient])
+
+
 def test_only_takes_groups_and_parts_of_names(tmp_path) -> None:
     cases = catalogue.quick_cases()
     rows = options(tmp_path, only=("rows",)).select(cases)
@@ -808,11 +830,11 @@ def test_smoke_paths_run_through_triton(path) -> None:
 def test_smoke_shapes_reach_the_kernels_they_are_for() -> None:
     """A chip of 132 multiprocessors: H100, H200."""
     row_launch = pytest.importorskip("robust_dpo.kernels.row_launch", reason="needs Triton")
-    epilogue = importlib.import_module("robust_dpo.kernels.group_epilogue_triton")
+    kernel = importlib.import_module("robust_dpo.kernels.group_epilogue_triton")
     for itemsize, read_twice in itertools.product((2, 4), (True, False)):
         shape = row_launch.launch_shape(smoke.SPLIT_ROWS, smoke.SPLIT_VOCAB, itemsize, 132, read_twice=read_twice)
         assert shape.segments > 1
-    assert smoke.MANY_TOKENS > epilogue.ROWS_OF_LAST_PROGRAM
+    assert smoke.MANY_TOKENS > kernel.ROWS_OF_LAST_PROGRAM
     rows = smoke.SEQUENCES * (smoke.TOKENS - smoke.PROMPT)
     assert rows > smoke.HEAD_CHUNK_ROWS >= smoke.TOKENS * max(path.group_size for path in smoke.HEAD_PATHS) / 2
 
