@@ -94,6 +94,14 @@ class Sleep(Case):
         return Record(self.name, self.group, self.name, [Row("sleep", Role.PART, [self.seconds])])
 
 
+class OtherSleep(Sleep):
+    """Of a group that nothing is known of."""
+
+    @property
+    def group(self) -> str:
+        return "other sleep"
+
+
 @pytest.fixture(scope="module")
 def finished(one_thread, tmp_path_factory) -> tuple[Path, suite.Result]:
     """A whole quick run of every kind of case."""
@@ -212,8 +220,11 @@ def test_what_was_too_long_does_not_starve_the_others(tmp_path) -> None:
     assert "no time for 1 of 2 cases; the same command goes on with what fits:" in lines
     assert "- long: needs about 1 minute, so give it --minutes 1" in lines
     assert "- long: --minutes 1" in results_markdown(second.store)
+    like = [Sleep("alike", 60.0), OtherSleep("other", 0.01)]
+    third = run_suite(options(tmp_path, minutes=1 / 60), silent, [*cases, *like])
+    assert list(third.store.records) == ["short", "other"] and list(third.store.skipped) == ["long", "alike"]
     done = run_suite(options(tmp_path, minutes=1), silent, [Sleep("long", 0.01), cases[1]])
-    assert not done.store.skipped and not done.store.cut_short
+    assert not done.store.skipped and "long" not in done.store.cut_short
 
 
 @pytest.mark.parametrize("seconds", [1.0, 50.0, 54.0, 179.0, 181.0, 460.0, 461.0])
