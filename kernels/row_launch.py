@@ -132,6 +132,20 @@ class RowForm:
         """What becomes of a row in the cache after its first touch."""
         return "evict_first" if self.grad is None else "evict_last"
 
+    def options(self, threads: int) -> dict[str, int]:
+        """Launch options of programs of that many threads.
+
+        Told how many registers there are, the compiler uses them; left to itself, it spilled 8 bytes (sm_80).
+        """
+        limit = {}
+        if threads == THREADS[-1]:
+            limit = {"maxnreg": 64}
+        elif (
+            threads == THREADS[0] and self.tile == self.grad == torch.float32 and not (self.transformed or self.entropy)
+        ):
+            limit = {"maxnreg": 56}
+        return {"num_warps": threads // 32, **limit}
+
     def constants(self, threads: int) -> dict[str, object]:
         """The constexpr parameters of all row kernels, by name, for programs of that many threads."""
         return {
@@ -256,15 +270,17 @@ def variant(label: str, kernel: Any, form: RowForm, threads: int) -> Variant:
     # the entropy together with a gradient is what no operator asks for.
     hot = (form.aligned or not form.transformed) and not (form.entropy and form.grad is not None)
     name = f"{label} {form}, {threads} threads"
-    return Variant(name, kernel, types, constants, frozenset({"p_bias"}), {"num_warps": threads // 32}, hot)
+    return Variant(name, kernel, types, constants, frozenset({"p_bias"}), form.options(threads), hot)
 
 
 def launch(
     kernel: Any, programs: int, form: RowForm, threads: int, device: torch.device, values: Mapping[str, object]
 ) -> None:
     """Run `programs` programs of a row kernel, with those of `values` (by parameter) that it has."""
-    constants = form.constants(threads)
+    constants, options = form.constants(threads), form.options(threads)
     arguments = {name: value for name, value in {**values, **constants}.items() if name in kernel.arg_names}
-    warps = min(threads // 32, MAX_THREADS // gpu_of(device).warp_size)
+    options["num_warps"] = min(options["num_warps"], MAX_THREADS // gpu_of(device).warp_size)
+    if torch.version.hip is not None:
+        options.pop("maxnreg", None)
     # Fused multiply-add is the default; newer versions warn where it is not asked for.
-    kernel[(programs,)](**arguments, num_warps=warps, enable_fp_fusion=True)
+    kernel[(programs,)](**arguments, **options, enable_fp_fusion=True)

@@ -42,7 +42,7 @@ def _why_not_built(extension: str) -> str:
     if hidden is not None:
         return (
             f"this is a source tree that was never built, {Path(__file__).parent}, and it hides the installed "
-            f"{hidden}: run Python elsewhere, or pip install -e . there"
+            f"{hidden}: run Python in another directory, or pip install -e . in this one"
         )
     if not BUILD_REPORT.exists():
         return "installed without native code (ROBUST_DPO_BUILD=none, or a source tree that was never built)"

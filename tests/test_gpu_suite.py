@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import stat
@@ -21,11 +22,12 @@ import pytest
 import torch
 
 from robust_dpo import backends
-from robust_dpo.bench import catalogue, implementation, main, package, preflight, report, smoke, suite
+from robust_dpo.bench import catalogue, implementation, main, package, preflight, report, rounding, smoke, suite
 from robust_dpo.bench import compare as compare_module
 from robust_dpo.bench import machine as machine_module
-from robust_dpo.bench.budget import Budget, OutOfTime, Pace
-from robust_dpo.bench.cases.base import Case
+from robust_dpo.bench.budget import Budget, OutOfTime, Pace, minutes_for
+from robust_dpo.bench.cases import epilogue
+from robust_dpo.bench.cases.base import GRADIENT_LIMIT, KERNEL_LIMIT, Case
 from robust_dpo.bench.cases.epilogue import EpilogueCase
 from robust_dpo.bench.cases.head import HeadCase
 from robust_dpo.bench.cases.row_shapes import RowShapesCase, label, shapes_around
@@ -90,6 +92,14 @@ class Sleep(Case):
     def measure(self, bench: Workbench) -> Record:
         time.sleep(self.seconds)
         return Record(self.name, self.group, self.name, [Row("sleep", Role.PART, [self.seconds])])
+
+
+class OtherSleep(Sleep):
+    """Of a group that nothing is known of."""
+
+    @property
+    def group(self) -> str:
+        return "other sleep"
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +178,7 @@ def test_another_key_starts_fresh_beside_it(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "results.json:1: not valid JSON"), ("[]", "format 1"), ('{"format": 9}', "format 1")],
+    [("{", "results.json:1: not valid JSON"), ("[]", "format 2"), ('{"format": 9}', "format 2")],
     ids=["broken", "a list", "another format"],
 )
 def test_results_that_are_not_ours_are_refused(tmp_path, content, message) -> None:
@@ -184,8 +194,8 @@ def test_the_time_is_kept_and_the_rest_comes_next_time(tmp_path) -> None:
     started = time.monotonic()
     result = run_suite(options(tmp_path, minutes=2 / 60), silent, cases)
     assert time.monotonic() - started < 5
-    # What is like "first" cannot take 60 seconds here: it is left out without a try, and the short one goes on.
-    assert list(result.store.records) == ["first", "last"] and result.store.skipped == ["long"]
+    # "long" probably takes a minute: the short one goes first, and the rest of the time is not enough.
+    assert list(result.store.records) == ["first", "last"] and list(result.store.skipped) == ["long"]
     assert "long" in results_markdown(result.store)
     shorter = [*cases[:1], Sleep("long", 0.2), *cases[2:]]
     assert not run_suite(options(tmp_path, minutes=1), silent, shorter).store.skipped
@@ -195,8 +205,59 @@ def test_a_case_is_interrupted_when_the_time_is_up(tmp_path) -> None:
     started = time.monotonic()
     result = run_suite(options(tmp_path, minutes=1 / 60), silent, [Sleep("unknown", 60.0), Sleep("other", 50.0)])
     assert time.monotonic() - started < 5
-    assert result.store.skipped == ["unknown", "other"] and not result.store.records
+    assert list(result.store.skipped) == ["unknown", "other"] and not result.store.records
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_what_was_too_long_does_not_starve_the_others(tmp_path) -> None:
+    cases, lines = [Sleep("long", 60.0), Sleep("short", 0.01)], []
+    first = run_suite(options(tmp_path, minutes=1 / 60), silent, cases)
+    assert list(first.store.skipped) == ["long", "short"]
+    second = run_suite(options(tmp_path, minutes=1 / 60), lines.append, cases)
+    assert list(second.store.records) == ["short"] and list(second.store.skipped) == ["long"]
+    # It had 0.9 seconds, and would now have as many: twice that is what it may be worth to try.
+    assert not [line for line in lines if line.startswith("[1/2]")]
+    assert "no time for 1 of 2 cases; the same command goes on with what fits:" in lines
+    assert "- long: needs about 1 minute, so give it --minutes 1" in lines
+    assert "- long: --minutes 1" in results_markdown(second.store)
+    like = [Sleep("alike", 60.0), OtherSleep("other", 0.01)]
+    third = run_suite(options(tmp_path, minutes=1 / 60), silent, [*cases, *like])
+    assert list(third.store.records) == ["short", "other"] and list(third.store.skipped) == ["long", "alike"]
+    done = run_suite(options(tmp_path, minutes=1), silent, [Sleep("long", 0.01), cases[1]])
+    assert not done.store.skipped and "long" not in done.store.cut_short
+
+
+@pytest.mark.parametrize("seconds", [1.0, 50.0, 54.0, 179.0, 181.0, 460.0, 461.0])
+def test_minutes_are_enough_and_no_more(seconds) -> None:
+    minutes = minutes_for(seconds)
+    assert minutes == 1 or Budget(minutes - 1).remaining < seconds
+    assert Budget(minutes).remaining > seconds - 0.1
+
+
+def test_what_was_measured_before_the_alarm_is_kept(tmp_path) -> None:
+    pauses = iter([0.0] * 4 + [60.0] * 9)
+
+    @dataclass(frozen=True)
+    class Slow(Sleep):
+        def measure(self, bench: Workbench) -> Record:
+            runs = {"a": Run(lambda: None), "b": Run(lambda: time.sleep(next(pauses)))}
+            candidates = [
+                Candidate(Row(name, Role.OURS), lambda run=run: Opened(run, {"loss": 0.0}), {"loss": 1.0}, False)
+                for name, run in runs.items()
+            ]
+            complete = compare(candidates, bench, self.name, rounds=9)
+            return Record(self.name, self.group, self.name, [each.row for each in candidates], complete=complete)
+
+    result = run_suite(options(tmp_path, minutes=2 / 60), silent, [Slow("slow", 1.0)])
+    (record,) = result.store.records.values()
+    assert not record.complete and [len(row.seconds) for row in record.rows] == [3, 3]
+    assert list(result.store.skipped) == ["slow"] and 1 < result.store.cut_short["slow"] < 3
+    assert "Time ran out before everything was measured" in results_markdown(result.store)
+    # One that gets less far does not take its place.
+    pauses = iter([60.0] * 9)
+    result.store.put_cut_short("slow", 0.1)
+    (again,) = run_suite(options(tmp_path, minutes=1 / 60), silent, [Slow("slow", 1.0)]).store.records.values()
+    assert again == record
 
 
 def test_the_alarm_passes_through_handlers_of_exceptions() -> None:
@@ -426,9 +487,81 @@ def test_bad_options_name_argument_and_value(tmp_path, values, message) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("only", ["tests", "sanitizer,epilogue"])
+def test_checks_of_a_gpu_are_refused_without_one(tmp_path, capsys, only) -> None:
+    assert main.main(["--out", str(tmp_path / "out"), "--only", only, "--quick"]) == 2
+    message = capsys.readouterr().err
+    assert f"only: expected groups of cases on a CPU, got {only.split(',')[0]}: not run, " in message
+    assert machine_module.why_no_gpu() in message and not (tmp_path / "out").exists()
+
+
+def test_torch_says_why_there_is_no_gpu(monkeypatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system.\nMore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    assert machine_module.why_no_gpu() == "no GPU can be used: Found no NVIDIA driver on your system."
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert machine_module.why_no_gpu() == "this torch is built without CUDA"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine_module.why_no_gpu() is None
+
+
+def test_the_first_line_names_the_device(tmp_path) -> None:
+    lines = []
+    run_suite(options(tmp_path, preflight=True), lines.append, [Sleep("x", 0.0)])
+    assert lines[0].startswith("device: CPU, ") and lines[0].endswith("(the CPU was asked for)")
+    assert "tests, sanitizer: not run on a CPU" in lines
+
+
+@pytest.mark.parametrize(("load", "busy"), [(15.0, True), (0.5, False), (float("nan"), False)])
+def test_a_busy_machine_is_told_everywhere(tmp_path, monkeypatch, load, busy) -> None:
+    machine = dataclasses.replace(describe_machine(1), load_before=load, cores=4)
+    monkeypatch.setattr(suite, "describe_machine", lambda *arguments: machine)
+    lines = []
+    result = run_suite(options(tmp_path), lines.append, [Sleep("x", 0.0)])
+    told = "machine was busy when the run began, load 15.0 on 4 cores"
+    assert result.store.machine["load_before"] == load or not busy
+    for text in ("\n".join(lines), results_markdown(result.store)):
+        assert (told in text) is busy
+
+
+def test_a_backend_without_the_kernel_is_named(finished) -> None:
+    _, result = finished
+    (record,) = (record for record in result.store.records.values() if record.group == "epilogue")
+    missing = {status.name for status in backends().backends} - {row.name for row in record.rows} - {"torch"}
+    assert set(record.details["absent"]) == missing
+    for name, why in record.details["absent"].items():
+        assert f"Not in it: {name} ({why})." in results_markdown(result.store)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_explained(tmp_path, capsys) -> None:
     assert main.main(["--out", str(tmp_path), "--device", "cuda"]) == 2
     assert "device: expected auto or cpu on this machine, got 'cuda'" in capsys.readouterr().err
+
+
+def test_the_document_states_the_limits_of_the_code() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    rows = {cells[1].strip(): cells for line in page.splitlines() if len(cells := line.split("|")) == 5}
+
+    def numbers(row: str, column: int) -> list[float]:
+        return [float(found) for found in re.findall(r"\d(?:\.\d)?e-\d", rows[row][column])]
+
+    assert numbers("row kernel, logits route", 2)[0] == KERNEL_LIMIT == numbers("`calibration_weights`", 2)[0]
+    limits = [GRADIENT_LIMIT[dtype] for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    assert numbers("row kernel, logits route", 3) == limits
+    assert numbers("`group_epilogue`", 3) == [epilogue._LIMIT]
+    heads = {
+        "head, fp32 inputs": rounding._OF_WIDE_INPUTS,
+        "head, bf16 inputs, fp32 tile asked for": rounding._OF_WIDE_TILE,
+        "head, bf16 inputs, any other tile": rounding._OF_NARROW_TILE,
+    }
+    for row, (loss, gradient) in heads.items():
+        assert (numbers(row, 2), numbers(row, 3)) == ([loss], [gradient])
 
 
 def test_only_takes_groups_and_parts_of_names(tmp_path) -> None:
@@ -708,11 +841,11 @@ def test_smoke_paths_run_through_triton(path) -> None:
 def test_smoke_shapes_reach_the_kernels_they_are_for() -> None:
     """A chip of 132 multiprocessors: H100, H200."""
     row_launch = pytest.importorskip("robust_dpo.kernels.row_launch", reason="needs Triton")
-    epilogue = importlib.import_module("robust_dpo.kernels.group_epilogue_triton")
+    kernel = importlib.import_module("robust_dpo.kernels.group_epilogue_triton")
     for itemsize, read_twice in itertools.product((2, 4), (True, False)):
         shape = row_launch.launch_shape(smoke.SPLIT_ROWS, smoke.SPLIT_VOCAB, itemsize, 132, read_twice=read_twice)
         assert shape.segments > 1
-    assert smoke.MANY_TOKENS > epilogue.ROWS_OF_LAST_PROGRAM
+    assert smoke.MANY_TOKENS > kernel.ROWS_OF_LAST_PROGRAM
     rows = smoke.SEQUENCES * (smoke.TOKENS - smoke.PROMPT)
     assert rows > smoke.HEAD_CHUNK_ROWS >= smoke.TOKENS * max(path.group_size for path in smoke.HEAD_PATHS) / 2
 

@@ -12,6 +12,7 @@ from types import FrameType
 
 # Kept free at the end for tables and plots, but never more than a tenth of the whole.
 _MARGIN_SECONDS = 20.0
+_MARGIN_SHARE = 0.1
 
 
 class OutOfTime(BaseException):
@@ -19,6 +20,11 @@ class OutOfTime(BaseException):
 
     No `Exception`: it has to pass through the handlers of whatever library it interrupts.
     """
+
+
+def minutes_for(seconds: float) -> int:
+    """Whole minutes that a run must be given for so many seconds of measuring."""
+    return math.ceil(min(seconds / (1 - _MARGIN_SHARE), seconds + _MARGIN_SECONDS) / 60)
 
 
 class Budget:
@@ -31,7 +37,7 @@ class Budget:
 
     def __init__(self, minutes: float, margin_seconds: float | None = None) -> None:
         seconds = 60 * minutes
-        margin = min(_MARGIN_SECONDS, seconds / 10) if margin_seconds is None else margin_seconds
+        margin = min(_MARGIN_SECONDS, _MARGIN_SHARE * seconds) if margin_seconds is None else margin_seconds
         self.started = time.monotonic()
         self.end = self.started + seconds
         self.deadline = self.end - margin

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from robust_dpo.bench.budget import OutOfTime
 from robust_dpo.bench.memory import extra_bytes
 from robust_dpo.bench.record import Row
 from robust_dpo.bench.timing import Run, in_turns
@@ -71,34 +72,47 @@ def wrong_results(errors: Mapping[str, float], limits: Mapping[str, float]) -> s
 def compare(candidates: Sequence[Candidate], bench: Workbench, case: str, *, rounds: int, warmups: int = 1) -> bool:
     """Fill in the rows of all candidates; whether there was time for all of them.
 
+    Where an alarm ends it, what was measured until then is kept.
+
     Raises:
         DeviceLost: a candidate left the device unusable; nothing can be measured in this process any more.
     """
     runs: dict[str, Run] = {}
-    complete = True
-    for candidate in candidates:
-        row = candidate.row
-        if bench.remaining <= 0:
-            row.failure, complete = OUT_OF_TIME, False
-            continue
-        row.failure = bench.crashes.get((case, row.name))
-        if row.failure is None:
-            _open(candidate, bench, case, runs)
-    if not runs:
-        return complete
-    bench.announce(case, "rounds")
+    seconds: dict[str, list[float]] = {}
     failures: dict[str, str] = {}
-    tolerant = {name: _tolerant(name, run, failures) for name, run in runs.items()}
-    enough = time.monotonic() + bench.patience
-    seconds = in_turns(
-        tolerant, bench.stopwatch, rounds=rounds, enough=enough, deadline=bench.deadline, warmups=warmups
-    )
+    complete = True
+    try:
+        for candidate in candidates:
+            row = candidate.row
+            if bench.remaining <= 0:
+                complete = False
+                continue
+            row.failure = bench.crashes.get((case, row.name))
+            if row.failure is None:
+                _open(candidate, bench, case, runs)
+        if runs:
+            bench.announce(case, "rounds")
+            tolerant = {name: _tolerant(name, run, failures) for name, run in runs.items()}
+            enough = time.monotonic() + bench.patience
+            in_turns(
+                tolerant,
+                bench.stopwatch,
+                rounds=rounds,
+                enough=enough,
+                deadline=bench.deadline,
+                warmups=warmups,
+                seconds=seconds,
+            )
+    except OutOfTime:
+        complete = False
     for row in (candidate.row for candidate in candidates):
         if row.name in failures:
             row.failure = failures[row.name]
             bench.log(f"{case}: {row.name} failed: {row.failure}")
             _check_device(bench, case, row)
         row.seconds = [] if row.failure else seconds.get(row.name, [])
+        if not complete and not row.seconds and row.failure is None:
+            row.failure = OUT_OF_TIME
     return complete
 
 

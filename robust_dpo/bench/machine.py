@@ -66,7 +66,7 @@ class Machine:
         cores: that this process may use.
         threads: used by every measured process.
         memory_gib: physical memory.
-        load_before: one-minute load average before the run; above 1, other work disturbed the measurements.
+        load_before: one-minute load average before the run.
         system: operating system and architecture.
         python: version.
         versions: of the measured libraries.
@@ -94,8 +94,28 @@ class Machine:
             f"Python {self.python}, {libraries}."
         )
 
+    @property
+    def busy(self) -> str | None:
+        """What to say about measurements that other work disturbed: more than half of the cores had something to do."""
+        if not self.load_before > self.cores / 2:
+            return None
+        return f"the machine was busy when the run began, load {self.load_before:.1f} on {self.cores} cores"
+
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+def why_no_gpu() -> str | None:
+    """In torch's own words where it has some; None where there is a GPU."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"no GPU can be used: {str(error).strip().splitlines()[0]}"
+    return "no GPU is visible"
 
 
 def _cpu_fields() -> dict[str, str]:

@@ -99,8 +99,8 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None,
         return USAGE_ERROR
     if written.result is not None:
         for line in headline(written.result.store.records):
-            peer = f", fastest peer {line.peer} × ours" if line.peer else ""
+            peer = f"; the fastest peer takes {line.peer} × as long" if line.peer else ""
             log(f"{line.case}: {line.milliseconds} ms, {line.floor} × floor{peer}")
     for path in written.paths:
-        log(f"written: {path}")
+        log(f"wrote: {path}")
     return written.exit_code

@@ -9,6 +9,7 @@ import torch
 
 from robust_dpo.bench.cases.base import Case
 from robust_dpo.bench.implementation import Implementation
+from robust_dpo.bench.machine import why_no_gpu
 from robust_dpo.bench.registry import choose
 from robust_dpo.checks import Interval, check_number
 from robust_dpo.errors import argument_error
@@ -46,15 +47,21 @@ class Options:
         """The device to measure.
 
         Raises:
-            ValueError: there is no such device here.
+            ValueError: there is no such device here, or it is no GPU and a check that needs one was asked for by name.
         """
         if self.device not in DEVICES:
             raise argument_error("device", f"one of {', '.join(DEVICES)}", repr(self.device))
-        usable = torch.cuda.is_available()
-        if self.device == "cuda" and not usable:
-            why = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU is visible"
+        why = self.why_cpu()
+        if self.device == "cuda" and why is not None:
             raise argument_error("device", "auto or cpu on this machine", f"'cuda', but {why}")
-        return torch.device("cuda" if usable and self.device != "cpu" else "cpu")
+        needing = [name for name in PREFLIGHT if name in self.only]
+        if why is not None and needing:
+            raise argument_error("only", "groups of cases on a CPU", f"{', '.join(needing)}: not run, {why}")
+        return torch.device("cuda" if why is None else "cpu")
+
+    def why_cpu(self) -> str | None:
+        """Why the CPU is measured; None where a GPU is."""
+        return "the CPU was asked for" if self.device == "cpu" else why_no_gpu()
 
     def resolve_minutes(self, device: torch.device) -> float:
         """Minutes.

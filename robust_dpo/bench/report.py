@@ -89,7 +89,7 @@ def results_markdown(store: Store) -> str:
         parts.append("**Failures**\n\n" + "\n".join(wrong))
     if rows := headline(records):
         header = (
-            "| case | ours, ms | × floor | peak memory, × bound | fastest peer, × ours |\n"
+            "| case | ours, ms | × floor | peak memory, × bound | time of the fastest peer, × ours |\n"
             "| --- | ---: | ---: | ---: | ---: |\n"
         )
         lines = ("| " + " | ".join(astuple(row)) + " |" for row in rows)
@@ -101,5 +101,6 @@ def results_markdown(store: Store) -> str:
     others = [record for record in records.values() if record.group not in GROUPS]
     parts += [section(record, "##") for record in others]
     if store.skipped:
-        parts.append("## Not measured, out of time\n\n" + "\n".join(f"- {name}" for name in store.skipped))
+        left = (f"- {name}" + (f": --minutes {minutes}" if minutes else "") for name, minutes in store.skipped.items())
+        parts.append("## Not finished, out of time\n\n" + "\n".join(left))
     return "\n\n".join(parts) + "\n"

@@ -14,9 +14,9 @@ from typing import Any
 import robust_dpo
 from robust_dpo.bench.machine import Machine
 from robust_dpo.bench.record import Record
-from robust_dpo.errors import DataError
+from robust_dpo.errors import DataError, argument_error
 
-FORMAT = 1
+FORMAT = 2
 FILE = "results.json"
 # What decides about the measurements; notes and results beside it do not.
 _CODE = ("robust_dpo", "kernels", "csrc", "setup.py")
@@ -66,10 +66,19 @@ class Store:
         machine: described in the file.
 
     Raises:
+        ValueError: the folder cannot be made or written to.
         DataError: the file that is there is not ours.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, str], machine: Machine) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise argument_error(
+                "out", "a folder, or a path where one can be made", f"{folder}: {error.strerror}"
+            ) from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise argument_error("out", "a folder that can be written to", str(folder))
         self.path = folder / FILE
         self._content = self._read()
         found = next((run for run in self._content["runs"] if run["key"] == dict(key)), None)
@@ -79,7 +88,8 @@ class Store:
                 "started": _now(),
                 "preflight": {},
                 "cases": {},
-                "skipped": [],
+                "skipped": {},
+                "cut_short": {},
                 "measuring": None,
                 "deaths": [],
                 "crashes": [],
@@ -88,7 +98,6 @@ class Store:
         self._run: dict[str, Any] = found
         self._run["machine"] = machine.as_dict()
         self._blame_last_death()
-        folder.mkdir(parents=True, exist_ok=True)
         self.save()
 
     def _read(self) -> dict[str, Any]:
@@ -119,9 +128,14 @@ class Store:
         return dict(self._run["preflight"])
 
     @property
-    def skipped(self) -> list[str]:
-        """Cases that there was no time for."""
-        return list(self._run["skipped"])
+    def skipped(self) -> dict[str, int]:
+        """Name of a case that there was no time for -> minutes that a run with it must be given, 0 if unknown."""
+        return dict(self._run["skipped"])
+
+    @property
+    def cut_short(self) -> dict[str, float]:
+        """Name of a case -> seconds that it had, and that were not enough."""
+        return dict(self._run["cut_short"])
 
     @property
     def key(self) -> dict[str, str]:
@@ -140,14 +154,20 @@ class Store:
     def put(self, record: Record) -> None:
         self._run["cases"][record.name] = record.as_dict()
         self._run["measuring"] = None
+        if record.complete:
+            self._run["cut_short"].pop(record.name, None)
+        self.save()
+
+    def put_cut_short(self, case: str, seconds: float) -> None:
+        self._run["cut_short"][case], self._run["measuring"] = seconds, None
         self.save()
 
     def put_preflight(self, name: str, outcome: Mapping[str, Any]) -> None:
         self._run["preflight"][name] = dict(outcome)
         self.save()
 
-    def put_skipped(self, names: list[str]) -> None:
-        self._run["skipped"], self._run["measuring"] = names, None
+    def put_skipped(self, minutes: Mapping[str, int]) -> None:
+        self._run["skipped"], self._run["measuring"] = dict(minutes), None
         self.save()
 
     def announce(self, case: str, row: str) -> None:

@@ -111,6 +111,7 @@ TERMINAL_COLUMNS: dict[str, Cell] = {
     "× ours": COLUMNS["time, × ours"],
     "error": lambda row, record: f"{max(row.errors.values()):.0e}" if row.errors else "",
 }
+UNFINISHED = "Time ran out before everything was measured; the next run goes on here."
 # The first two columns stand in every table, the others where they say something.
 _ALWAYS = 2
 
@@ -138,8 +139,9 @@ def rich_table(record: Record) -> Table:
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row, cells in zip(ordered(record), body, strict=True):
         table.add_row(*cells, style="bold green" if row.role is Role.OURS else "")
-    remarks = [f"{row.name}: {remark}" for row in record.rows if (remark := row.failure or row.note)]
-    table.caption, table.caption_justify = Text("\n".join(remarks)) if remarks else None, "left"
+    below = [f"{row.name}: {remark}" for row in record.rows if (remark := row.failure or row.note)]
+    below += remarks(record)
+    table.caption, table.caption_justify = Text("\n".join(below)) if below else None, "left"
     return table
 
 
@@ -165,11 +167,18 @@ def floor_sentence(record: Record) -> str | None:
     return f"Floor (`gemms`): {found}.{logp}"
 
 
+def remarks(record: Record) -> list[str]:
+    """What the reader of any table of a record must know: who is not in it, and whether other work disturbed it."""
+    absent = [f"Not in it: {name} ({why})." for name, why in record.details.get("absent", {}).items()]
+    busy = record.details.get("busy")
+    return absent if busy is None else [*absent, f"{busy[0].upper()}{busy[1:]}."]
+
+
 def section(record: Record, level: str = "###") -> str:
     """Heading, table, and the lines below it."""
     parts = [f"{level} {record.title}", markdown_table(record)]
     below = [floor_sentence(record), f"Checked against {record.check}." if record.check else None]
-    below.append(None if record.complete else "Time ran out before every row was measured; the next run goes on here.")
+    below += [*remarks(record), None if record.complete else UNFINISHED]
     return "\n\n".join([*parts, *(line for line in below if line)])
 
 

@@ -97,6 +97,7 @@ def in_turns(
     deadline: float = math.inf,
     warmups: int = 1,
     clock: Callable[[], float] = time.monotonic,
+    seconds: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every run in each of up to `rounds` rounds, after untimed ones.
 
@@ -110,14 +111,16 @@ def in_turns(
         deadline: on `clock`, when no round begins but the first.
         warmups: untimed rounds.
         clock: of the two times.
+        seconds: filled in as the rounds go, for a caller that is interrupted; a new one otherwise.
     """
+    seconds = {} if seconds is None else seconds
     order = list(runs)
     for _ in range(warmups):
         if clock() >= min(enough, deadline):
             break
         for run in runs.values():
             stopwatch.seconds(run)
-    seconds: dict[str, list[float]] = {name: [] for name in order}
+    seconds.update({name: [] for name in order})
     for turn in range(rounds):
         if turn and clock() >= (deadline if turn < MEDIAN_OF else min(enough, deadline)):
             break

@@ -81,8 +81,6 @@ def bench(
         for record in written.result.store.records.values():
             console.print()
             console.print(rich_table(record))
-        if skipped := written.result.store.skipped:
-            log(f"no time for {len(skipped)} cases; the same command goes on with them")
     for path in written.paths:
         log(f"wrote: {path}")
     if written.exit_code:

@@ -62,6 +62,8 @@ class ReportingGroup(TyperGroup):
             raise typer.Exit(ExitCode.INTERRUPTED) from interrupt
         except _UsageError as error:
             message = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+            # Pydantic's words, which typer passes on from its own checks of choices.
+            message = message.replace("Value error, ", "")
             command = getattr(getattr(error, "ctx", None), "command_path", "robust-dpo")
             typer.echo(f"robust-dpo: error: {' '.join(message.split())} (see {command} --help)", err=True)
             raise typer.Exit(ExitCode.USAGE) from error

@@ -16,7 +16,7 @@ from robust_dpo.bench.record import Record, Role, Row
 from robust_dpo.bench.solution import relative_error
 from robust_dpo.bench.timing import Run
 from robust_dpo.bench.workbench import Workbench
-from robust_dpo.dispatch import ROW_LOGPROB, get_group_epilogue
+from robust_dpo.dispatch import GROUP_EPILOGUE, ROW_LOGPROB, backends, find_backend, get_group_epilogue
 from robust_dpo.kernels.group_epilogue import EpilogueVectors, NativeLoss
 
 _LIMIT = 1e-3
@@ -66,6 +66,7 @@ class EpilogueCase(Case):
 
     def measure(self, bench: Workbench) -> Record:
         candidates = self.candidates(bench)
+        names = [candidate.row.name for candidate in candidates]
         complete = compare(candidates, bench, self.name, rounds=5 * bench.rounds, warmups=3)
         title = f"group_epilogue, {self.groups} pairs of {self.tokens} tokens, live reference, KL-robust DPO"
         return Record(
@@ -77,6 +78,7 @@ class EpilogueCase(Case):
             {"groups": self.groups, "tokens": self.tokens},
             bytes=self.traffic,
             check="float64",
+            details={"absent": {name: why for name, why in _reasons().items() if name not in names}},
             complete=complete,
         )
 
@@ -148,3 +150,15 @@ class EpilogueCase(Case):
             return Opened(Run(call, restore), {"gradient": relative_error(vectors.coefficients, exact)})
 
         return Candidate(Row(backend, Role.OURS), open_, {"gradient": _LIMIT}, takes_memory=False)
+
+
+def _reasons() -> dict[str, str]:
+    """Why a backend would not be in the table, for each but plain PyTorch, which always is."""
+    found = {}
+    for status in backends().backends:
+        if GROUP_EPILOGUE not in find_backend(status.name).launchers:
+            found[status.name] = "it has no kernel for this"
+        else:
+            found[status.name] = f"{'not timed' if status.usable else 'cannot run here'}: {status.detail}"
+    found.pop("torch", None)
+    return found

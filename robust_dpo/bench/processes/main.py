@@ -101,5 +101,5 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
     (options.out / "head_cpu.md").write_text(text)
     if options.docs:
         replace_between(options.docs, MARKER, text)
-    console.print(f"written: {options.out / 'head_cpu.json'}, {options.out / 'head_cpu.md'}", soft_wrap=True)
+    console.print(f"wrote: {options.out / 'head_cpu.json'}, {options.out / 'head_cpu.md'}", soft_wrap=True)
     return int(any(row.failure for record in records for row in record.rows))
