@@ -235,7 +235,7 @@ def test_a_source_tree_says_what_it_hides(tmp_path: Path, monkeypatch: pytest.Mo
     assert probes.hidden_build() is None
     (installed / f"_cpu{EXTENSION_SUFFIXES[0]}").touch()
     assert probes.hidden_build() == installed
-    assert f"hides the installed {installed}" in probes._why_not_built()
+    assert f"hides the installed {installed}" in probes._why_not_built("cpu")
     (tree / f"_cpu{EXTENSION_SUFFIXES[0]}").touch()
     assert probes.hidden_build() is None
 
