@@ -1,0 +1,170 @@
+"""Which layout a model can take: asked of its declarations, and then of the model itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from robust_dpo.errors import argument_error
+from robust_dpo.layout.attention import AttentionBackend, LayoutUnsupportedError, attending, resolve_backend
+from robust_dpo.layout.packing import Group, PackedGroups, pack_groups
+
+LAYOUTS = ("auto", "group", "packed", "padded")
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Token counts of the probe: prompts and responses of different length, so that nothing fits by accident.
+_PROBE = ((6, (4, 3)), (3, (2, 5)))
+# Allowed root mean square of the difference of logits, in units of eps · that of the logits. A layer rounds a few
+# times, and another order of sums turns into other roundings; a mask that is wrong moves logits by far more.
+_ROUNDINGS = 8.0
+_SMALLEST_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """How batches are laid out for a model.
+
+    Args:
+        kind: "group", "packed" (each response with a prompt of its own) or "padded".
+        attention: backend of the first two.
+        row_tokens: places of a row; None: one row for all.
+        reason: why it is not "group"; empty where it is, or where it was not asked for.
+    """
+
+    kind: str
+    attention: AttentionBackend | None = None
+    row_tokens: int | None = None
+    reason: str = ""
+
+    def pack(self, groups: Sequence[Group]) -> PackedGroups:
+        """Lay out groups as this plan says; not for "padded"."""
+        return pack_groups(groups, shared=self.kind == "group", row_tokens=self.row_tokens)
+
+
+PADDED = LayoutPlan("padded")
+
+
+def plan_layout(
+    model: nn.Module, layout: str = "auto", *, attention: str = "auto", row_tokens: int | None = None
+) -> LayoutPlan:
+    """The layout that the model is run in.
+
+    A layout other than "padded" is compared with it on a tiny batch, in eval mode and without gradients, and not taken
+    where the logits differ by more than rounding.
+
+    Args:
+        model: a causal language model, not wrapped, on its device.
+        layout: one of LAYOUTS; "auto" takes the first that the model can.
+        attention: name of a backend, or "auto".
+        row_tokens: places of a row; None takes the backend's own.
+
+    Raises:
+        ValueError: `layout` was asked for by name and the model cannot take it.
+        RuntimeError: the attention backend cannot run on the model's device.
+    """
+    if layout not in LAYOUTS:
+        raise argument_error("layout", f"one of {', '.join(LAYOUTS)}", repr(layout))
+    if layout == "padded":
+        return PADDED
+    device = next(model.parameters()).device
+    backend = resolve_backend(attention, device)
+    tokens = backend.row_tokens if row_tokens is None else row_tokens
+    reason = why_not_packed(model)
+    for kind in ("group", "packed") if layout == "auto" and not reason else (layout,) if not reason else ():
+        found = why_layouts_differ(model, LayoutPlan(kind, backend, tokens))
+        if not found:
+            return LayoutPlan(kind, backend, tokens, reason)
+        reason = reason or found
+    if layout != "auto":
+        raise argument_error("layout", f"'auto' or 'padded' for this model: {reason}", repr(layout))
+    return LayoutPlan("padded", reason=reason)
+
+
+def why_not_packed(model: Any) -> str:
+    """What a model declares that no packed row can give; empty where there is nothing."""
+    adapters = getattr(model, "peft_config", {})
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        return "its adapter puts virtual tokens in front of every row"
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel) or not base.is_backend_compatible():
+        return "its attention does not go through transformers' attention interface"
+    if base.config.is_encoder_decoder:
+        return "it has an encoder"
+    if base._is_stateful:
+        return "it carries a state from token to token"
+    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if kinds:
+        return f"it has layers of the kind {', '.join(sorted(kinds))}"
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return "it takes no position_ids"
+    return ""
+
+
+def why_layouts_differ(model: nn.Module, plan: LayoutPlan) -> str:
+    """Run a tiny batch padded and as planned; how the logits differ, empty where they agree up to rounding."""
+    device = next(model.parameters()).device
+    groups = _probe(_vocabulary(model))
+    packed = plan.pack(groups).to(device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = _padded_logits(model, groups, device)
+            logits = model_output(model, packed, plan).logits.flatten(0, 1)[packed.rows].float()
+    except LayoutUnsupportedError as error:
+        return str(error)
+    finally:
+        for module in training:
+            module.training = True
+    error = float((logits - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    allowed = _ROUNDINGS * _eps(next(model.parameters()).dtype, device)
+    return "" if error <= allowed else f"its logits change by {error:.3g} of their size with the layout {plan.kind!r}"
+
+
+def model_output(model: nn.Module, groups: PackedGroups, plan: LayoutPlan) -> Any:
+    """What a model gives for packed groups on its device; a gradient may flow."""
+    assert plan.attention is not None
+    with attending(model, plan.attention, groups):
+        return model(
+            input_ids=groups.input_ids,
+            position_ids=groups.position_ids,
+            # Says that nothing is hidden by padding; without it transformers would look for sequences in the positions.
+            attention_mask=torch.ones_like(groups.input_ids),
+            use_cache=False,
+        )
+
+
+def _probe(vocabulary: int) -> list[Group]:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(vocabulary, (count,), generator=generator).tolist()
+
+    return [Group(tokens(prompt), [tokens(size) for size in responses]) for prompt, responses in _PROBE]
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _padded_logits(model: nn.Module, groups: list[Group], device: torch.device) -> Tensor:
+    """[N, V] float32, in the order of `PackedGroups.rows`."""
+    pairs = [(group.prompt, response) for group in groups for response in group.responses]
+    ids = [torch.tensor([*prompt, *response]) for prompt, response in pairs]
+    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in ids], batch_first=True).to(device)
+    logits = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
+    rows = [slice(len(prompt) - 1, len(prompt) + len(response) - 1) for prompt, response in pairs]
+    return torch.cat([each[row] for each, row in zip(logits, rows, strict=True)]).float()
+
+
+def _eps(dtype: torch.dtype, device: torch.device) -> float:
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        return 2.0**-10
+    return max(torch.finfo(dtype).eps, _SMALLEST_EPS)

@@ -1,0 +1,177 @@
+"""FlashAttention's kernels for packed sequences, around which the parts of shared prompts are merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function
+
+from robust_dpo.layout.attention import AttentionBackend, LayoutUnsupportedError
+from robust_dpo.layout.mask import MaskFunction, is_causal_up_to
+from robust_dpo.layout.packing import PackedGroups
+from robust_dpo.layout.varlen import (
+    Scoring,
+    Sequences,
+    SharedPrompts,
+    VarlenAttention,
+    WindowedSequences,
+    shared_prompt_attention,
+    windowed_attention,
+)
+
+
+class FlashVarlenAttention:
+    """`flash_attn`'s forward and backward over packed sequences (2.7 or newer, fp16 and bf16 on a GPU)."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scoring: Scoring
+    ) -> tuple[Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+        out, lse, _, _ = _flash_attn_varlen_forward(
+            query, key, value, **_places(sequences), **_settings(scoring), return_softmax=False
+        )
+        return out, lse
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        sequences: Sequences,
+        scoring: Scoring,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        _flash_attn_varlen_backward(
+            grad.contiguous(),
+            query,
+            key,
+            value,
+            out,
+            lse,
+            *grads,
+            **_places(sequences),
+            **_settings(scoring),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return grads
+
+
+def _places(sequences: Sequences) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": sequences.query_starts,
+        "cu_seqlens_k": sequences.key_starts,
+        "max_seqlen_q": max(sequences.queries),
+        "max_seqlen_k": max(sequences.keys),
+    }
+
+
+def _settings(scoring: Scoring) -> dict[str, Any]:
+    windowed = scoring.window is not None
+    return {
+        "dropout_p": 0.0,
+        "softmax_scale": scoring.scale,
+        "causal": scoring.causal,
+        "window_size_left": scoring.window - 1 if scoring.window is not None else -1,
+        "window_size_right": 0 if windowed else -1,
+        "softcap": scoring.softcap or 0.0,
+        "alibi_slopes": None,
+    }
+
+
+@dataclass(frozen=True)
+class VarlenMask:
+    """What one kind of mask comes to, in a layout. Nothing of it depends on the layer."""
+
+    groups: PackedGroups
+    causal: bool
+
+    @staticmethod
+    def of(groups: PackedGroups, model_mask: MaskFunction, dtype: torch.dtype) -> VarlenMask:
+        causal = model_mask is causal_mask_function or is_causal_up_to(
+            model_mask, groups.longest, groups.input_ids.device
+        )
+        return VarlenMask(groups, causal)
+
+    @cached_property
+    def shared(self) -> SharedPrompts:
+        return SharedPrompts.of(self.groups)
+
+    @cached_property
+    def windowed(self) -> WindowedSequences:
+        return WindowedSequences.of(self.groups)
+
+
+def attend_varlen(
+    attention: VarlenAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: VarlenMask,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attention of packed groups through calls for packed sequences.
+
+    Args:
+        attention: what computes them.
+        query, key, value: [R, heads or kv_heads, T, D].
+        mask: of the layout.
+        scale, softcap: of the scores.
+        window: keys that a query sees, itself included; None for all.
+
+    Returns:
+        [R, T, heads, D].
+
+    Raises:
+        LayoutUnsupportedError: the model's mask is neither causal nor a sliding window.
+    """
+    flat = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
+    if mask.causal:
+        out = shared_prompt_attention(*flat, mask.shared, attention, scale, softcap)
+    elif window is not None:
+        out = windowed_attention(*flat, mask.windowed, attention, Scoring(scale, True, softcap, window))
+    else:
+        raise LayoutUnsupportedError("its mask is neither causal nor a sliding window")
+    return out.unflatten(0, mask.groups.input_ids.shape)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: VarlenMask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if dropout:
+        raise LayoutUnsupportedError("its attention has dropout, whose pattern two merged parts do not share")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attention = FlashVarlenAttention()
+    out = attend_varlen(attention, query, key, value, mask, scale=scale, softcap=softcap, window=sliding_window)
+    return out, None
+
+
+def _why_not(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "flash-attn runs on NVIDIA GPUs"
+    return "" if find_spec("flash_attn") else "flash-attn is not installed (pip install robust_dpo[flash])"
+
+
+FLASH = AttentionBackend("flash", VarlenMask.of, _attend, _why_not, row_tokens=None)
