@@ -56,7 +56,7 @@ def plan_layout(
     """The layout that the model is run in.
 
     A layout other than "padded" is compared with it on a tiny batch, in eval mode and without gradients, and not taken
-    where the logits differ by more than rounding.
+    where the logits differ by more than rounding. Where none can be taken the plan is "padded", with the `reason`.
 
     Args:
         model: a causal language model, not wrapped, on its device.
@@ -65,7 +65,7 @@ def plan_layout(
         row_tokens: places of a row; None takes the backend's own.
 
     Raises:
-        ValueError: `layout` was asked for by name and the model cannot take it.
+        ValueError: an argument is no such name.
         RuntimeError: the attention backend cannot run on the model's device.
     """
     if layout not in LAYOUTS:
@@ -81,8 +81,6 @@ def plan_layout(
         if not found:
             return LayoutPlan(kind, backend, tokens, reason)
         reason = reason or found
-    if layout != "auto":
-        raise argument_error("layout", f"'auto' or 'padded' for this model: {reason}", repr(layout))
     return LayoutPlan("padded", reason=reason)
 
 

@@ -20,6 +20,7 @@ from robust_dpo.layout.varlen import (
     SharedPrompts,
     VarlenAttention,
     WindowedSequences,
+    flattened,
     shared_prompt_attention,
     windowed_attention,
 )
@@ -138,7 +139,7 @@ def attend_varlen(
     Raises:
         LayoutUnsupportedError: the model's mask is neither causal nor a sliding window.
     """
-    flat = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
+    flat = flattened(query, key, value)
     if mask.causal:
         out = shared_prompt_attention(*flat, mask.shared, attention, scale, softcap)
     elif window is not None:

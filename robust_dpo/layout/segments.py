@@ -15,7 +15,7 @@ from robust_dpo.layout.cpu_varlen import CpuVarlenAttention
 from robust_dpo.layout.mask import MaskFunction, is_causal_up_to, span_mask
 from robust_dpo.layout.masked import masked_attention
 from robust_dpo.layout.packing import PackedGroups
-from robust_dpo.layout.varlen import SharedPrompts, shared_prompt_attention
+from robust_dpo.layout.varlen import SharedPrompts, flattened, shared_prompt_attention
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _attend(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    flat = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
+    flat = flattened(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if mask.causal and softcap is None and not dropout:
         out = shared_prompt_attention(*flat, mask.shared, CpuVarlenAttention(), scale)

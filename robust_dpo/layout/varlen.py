@@ -121,6 +121,15 @@ def _joined(places: list[Tensor], device: torch.device) -> Tensor:
     return (torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)).to(device, non_blocking=True)
 
 
+def flattened(*projections: Tensor) -> list[Tensor]:
+    """Each [R, heads, T, D] as [R·T, heads, D], all in one dtype: that of autocast where it is on."""
+    device = projections[0].device.type
+    dtype = projections[0].dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return [each.to(dtype).transpose(1, 2).flatten(0, 1) for each in projections]
+
+
 def shared_prompt_attention(
     query: Tensor,
     key: Tensor,
