@@ -16,6 +16,9 @@ IGNORED = -100
 """Label of positions that are not part of a response."""
 
 
+_ON_HOST = ("seq_lens", "group_sizes")
+
+
 class Group(NamedTuple):
     """A prompt and its responses as token ids, none of them empty."""
 
@@ -56,6 +59,7 @@ class PackedGroups:
         rows: [N] int64, flat place that predicts each token of the responses, responses in the order of the batch.
         targets: [N] int64, those tokens.
         seq_lens: [S] int64 on the CPU, tokens of each response; they sum to N.
+        group_sizes: [G] int64 on the CPU, responses of each group of the batch.
         spans: where the groups stand, in the order of the batch.
         shared: whether the responses of a group share a prompt; otherwise a group here is one response and its prompt.
     """
@@ -67,11 +71,12 @@ class PackedGroups:
     rows: Tensor
     targets: Tensor
     seq_lens: Tensor
+    group_sizes: Tensor
     spans: tuple[GroupSpan, ...]
     shared: bool
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedGroups:
-        """The same on a device; `seq_lens` stay on the CPU, where the fused operators want them."""
+        """The same on a device; `seq_lens` and `group_sizes` stay on the CPU, where the fused operators want them."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedGroups:
@@ -79,7 +84,7 @@ class PackedGroups:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, move: Any) -> PackedGroups:
-        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "seq_lens"}
+        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _ON_HOST}
         return replace(self, **{name: move(value) for name, value in tensors.items() if isinstance(value, Tensor)})
 
     @property
@@ -139,6 +144,7 @@ def pack_groups(groups: Sequence[Group], *, shared: bool = True, row_tokens: int
         rows=torch.tensor(rows),
         targets=torch.tensor([token for response in responses for token in response]),
         seq_lens=torch.tensor([len(response) for response in responses]),
+        group_sizes=torch.tensor([len(group.responses) for group in groups]),
         spans=spans,
         shared=shared,
     )

@@ -9,7 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from robust_dpo.groups import Groups
+from robust_dpo.groups import GroupLayout, Groups
+from robust_dpo.ops.host import send
+from robust_dpo.output import PreferenceOutput
+from robust_dpo.trainer.scoring import Batch, response_lengths
 
 # Columns of `group_metrics`, in order.
 GROUP_METRICS = (
@@ -22,6 +25,21 @@ GROUP_METRICS = (
 )
 # Columns of `logp_accuracies`, in order.
 LOGP_ACCURACIES = ("logp_accuracy", "token_logp_accuracy")
+
+
+def seen_groups(output: PreferenceOutput, batch: Batch) -> Groups:
+    """What the metrics see of a batch: the responses of each group with their detached log-probs.
+
+    Reads nothing from the device where the `group_sizes` of the batch are on the CPU.
+    """
+    sizes, device = batch["group_sizes"].tolist(), output.logps.device
+    layout = GroupLayout.ragged(send(sizes, device), max(sizes), len(output.logps))
+    optional = {
+        name: None if values is None else layout.pad(values)
+        for name, values in (("ref_logps", output.ref_logps), ("scores", batch.get("scores")))
+    }
+    lengths = layout.pad(response_lengths(batch).to(output.logps.dtype), fill=1.0)
+    return Groups(layout.pad(output.logps), lengths, layout.mask, **optional)
 
 
 def group_metrics(groups: Groups, beta: float) -> Tensor:

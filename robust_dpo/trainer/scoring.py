@@ -52,13 +52,17 @@ class SequenceScorer:
         return replace(self, check=replace(self.check, head=linear_head(model) if self.fused else None))
 
     def laid_out(self, batch: Batch) -> Batch:
-        """The batch with its groups under `packed` as this model takes them; the collator's where it made them."""
+        """The batch with its groups under `packed` as this model takes them; the collator's where it made them.
+
+        The `group_sizes` of a packed batch are on the CPU, so that nothing has to be read from the device.
+        """
         if self.layout.kind == "padded":
             return batch
         packed: PackedGroups | None = batch.get("packed")
         if packed is None or packed.shared != (self.layout.kind == "group"):
             packed = self.layout.pack(groups_of(batch))
-        return {**batch, "packed": packed.to(batch["input_ids"].device)}
+        packed = packed.to(batch["input_ids"].device)
+        return {**batch, "packed": packed, "group_sizes": packed.group_sizes}
 
     def head_arguments(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Hidden states, targets, lengths, weight, bias, softcap, logit_scale and backend for the fused operators.

@@ -19,7 +19,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from robust_dpo import ops
 from robust_dpo.data import PreferenceCollator, length_statistics
 from robust_dpo.errors import argument_error, type_error
-from robust_dpo.groups import GroupLayout, Groups
 from robust_dpo.layout import LayoutPlan, plan_layout
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.reference_cache import ReferenceCache
@@ -36,6 +35,7 @@ from robust_dpo.trainer.metrics import (
     known_means,
     logp_accuracies,
     robust_metrics,
+    seen_groups,
     widest_float,
 )
 from robust_dpo.trainer.models import add_adapter, load_model, load_tokenizer
@@ -268,9 +268,10 @@ class RobustDPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a micro-batch, and with `return_outputs` the PreferenceOutput it is part of."""
+        inputs = self._scorer.laid_out(inputs)
         output = self.preference_output(model, inputs)
         if model.training:
-            metrics = group_metrics(_groups(output, inputs), self._reward_beta)
+            metrics = group_metrics(seen_groups(output, inputs), self._reward_beta)
             self._means.add(dict(zip(GROUP_METRICS, metrics.unbind(1), strict=True)))
             loss = output.loss.detach()
             # What is not finite counts as unknown.
@@ -301,12 +302,12 @@ class RobustDPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, None]:
         """Loss, and per group: its loss, its calibration, GROUP_METRICS and LOGP_ACCURACIES, [G, 10] `widest_float`."""
-        batch = self._prepare_inputs(inputs)
+        batch = self._scorer.laid_out(self._prepare_inputs(inputs))
         with torch.no_grad():
             output = self.preference_output(model, batch)
         calibration = batch["calibration"] if self.args.calibrated else torch.ones_like(output.group_losses)
         own = torch.stack([output.group_losses, calibration], dim=1)
-        groups = _groups(output, batch)
+        groups = seen_groups(output, batch)
         columns = [own, group_metrics(groups, self._reward_beta), logp_accuracies(groups)]
         table = torch.cat(columns, dim=1)
         return output.loss.detach(), table.to(widest_float(table.device)), None
@@ -354,17 +355,6 @@ class RobustDPOTrainer(Trainer):
         if self._reference_weights is not None:
             checkpoint.check_reference(Path(resume_from_checkpoint), self._reference_weights)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def _groups(output: PreferenceOutput, batch: Batch) -> Groups:
-    """What the metrics see of a batch: the responses of each group with their detached log-probs."""
-    layout = GroupLayout.build(len(output.logps), 1, batch["group_sizes"], output.logps.device)
-    optional = {
-        name: None if values is None else layout.pad(values)
-        for name, values in (("ref_logps", output.ref_logps), ("scores", batch.get("scores")))
-    }
-    lengths = layout.pad(response_lengths(batch).to(output.logps.dtype), fill=1.0)
-    return Groups(layout.pad(output.logps), lengths, layout.mask, **optional)
 
 
 def _values(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset | None]:
