@@ -20,7 +20,15 @@ _PIECE_BYTES = 16 << 20
 _MOST_THREADS = 8
 
 # Fields of a model's configuration that say where it came from or how it is run, and not what it computes.
-_INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "base_model_name_or_path")
+_INCIDENTAL = (
+    "_name_or_path",
+    "architectures",
+    "base_model_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 
 
 def weights_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
