@@ -38,7 +38,7 @@ from robust_dpo.trainer.metrics import (
     seen_groups,
     widest_float,
 )
-from robust_dpo.trainer.models import add_adapter, load_model, load_tokenizer
+from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer
 from robust_dpo.trainer.nonfinite import NonFiniteGuard
 from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
@@ -72,6 +72,7 @@ class RobustDPOTrainer(Trainer):
     args: RobustDPOConfig
     train_dataset: Dataset | None
     eval_dataset: Dataset | dict[str, Dataset] | None
+    data_collator: Any
 
     def __init__(
         self,
@@ -132,9 +133,20 @@ class RobustDPOTrainer(Trainer):
         self._guard = NonFiniteGuard(self.accelerator, skip=args.on_nonfinite == "skip")
         self.add_callback(self._guard)
         self._last_weights: tuple[Tensor, list[str]] | None = None
+        if not args.disable_tqdm:
+            self._print_lengths()
+
+    def _print_lengths(self) -> None:
+        """Say how long the training data is and what its layout saves."""
         # Rows that were not tokenised by tokenize_groups do not say what was cut.
-        if not args.disable_tqdm and "response_cut" in getattr(self.train_dataset, "column_names", ()):
-            self.accelerator.print(length_statistics(self.train_dataset, args.per_device_train_batch_size))
+        if "response_cut" not in getattr(self.train_dataset, "column_names", ()):
+            return
+        lengths = length_statistics(self.train_dataset, self.args.per_device_train_batch_size)
+        self.accelerator.print(lengths)
+        kind = self._scorer.layout.kind
+        if kind != "padded":
+            speedup = lengths.expected_speedup(*layer_parameters(self.model), shared=kind == "group")
+            self.accelerator.print(f"layout {kind!r}: expected {speedup:.1f} × as fast as padded batches")
 
     def _make_scorer(self, model: nn.Module, name: str) -> SequenceScorer:
         return SequenceScorer(self._check_head(model, name), self.args.backend, self._plan_layout(model, name))
