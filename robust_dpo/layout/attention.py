@@ -48,7 +48,8 @@ class AttentionBackend:
     @property
     def implementation(self) -> str:
         """The name that transformers knows it by."""
-        return _PREFIX + self.name
+        # Whatever has "flash" in its name, transformers takes for its own FlashAttention, with mask rules of its own.
+        return _PREFIX + self.name.replace("flash", "varlen")
 
 
 _BACKENDS: dict[str, AttentionBackend] = {}
