@@ -1,8 +1,10 @@
-"""A live reference inside the loss (ref_hidden, ref_weight) against a pass of its own (sequence_logps, no gradient).
+"""What a reference costs on this machine.
 
-    python benchmarks/reference_route.py
+    python benchmarks/reference_cost.py
 
-Prints the median time of forward and backward through the head, interleaved, for each and for known log-probs.
+Live, inside the loss (ref_hidden, ref_weight) against a pass of its own (sequence_logps, no gradient): median time of
+forward and backward through the head, interleaved, for each and for known log-probs. Then the rate at which weights are
+hashed, which a cache of its log-probs is recognised by.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from robust_dpo import linear_preference_loss, sequence_logps
+from robust_dpo.reference_cache import weights_fingerprint
 
 SHAPES = {"hidden 256, V 32000": (256, 32000), "hidden 576, V 49152": (576, 49152)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,6 +52,17 @@ def routes(width: int, vocab: int, dtype: torch.dtype, rows: int, responses: int
     }
 
 
+def print_hash_rate(megabytes: int, rounds: int) -> None:
+    """Median rate of `weights_fingerprint`."""
+    layers = {f"layer {index}": torch.randn(1 << 20) for index in range(megabytes // 4)}
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        weights_fingerprint(layers.items())
+        times.append(time.perf_counter() - start)
+    print(f"weights_fingerprint: {megabytes * 1.048576 / 1000 / statistics.median(times):.1f} GB/s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=800, help="tokens of all responses")
@@ -69,6 +83,7 @@ def main() -> None:
             shown = ", ".join(f"{way} {1000 * median:.0f} ms" for way, median in medians.items())
             ratio = medians["in the loss"] / medians["own pass"]
             print(f"{shape}, {name}: {shown}; in the loss / own pass {ratio:.3f}", flush=True)
+    print_hash_rate(512, options.rounds)
 
 
 if __name__ == "__main__":
