@@ -37,6 +37,7 @@ class AttentionBackend:
         attend: an attention function with transformers' signature.
         why_not: (device) → why it cannot run there; empty where it can.
         row_tokens: places of a row unless the user says otherwise; None: all groups in one row.
+        half_precision: whether it takes nothing but fp16 and bf16.
     """
 
     name: str
@@ -44,6 +45,7 @@ class AttentionBackend:
     attend: Callable[..., tuple[Tensor, Any]]
     why_not: Callable[[torch.device], str]
     row_tokens: int | None
+    half_precision: bool = False
 
     @property
     def implementation(self) -> str:
@@ -117,18 +119,17 @@ def attending(model: nn.Module, backend: AttentionBackend, groups: PackedGroups)
 
 @contextmanager
 def _switched(model: nn.Module, implementation: str, groups: PackedGroups) -> Iterator[None]:
-    configs = {id(config): config for config in (getattr(each, "config", None) for each in model.modules())}
-    own = [
-        (config, config._attn_implementation) for config in configs.values() if hasattr(config, "_attn_implementation")
-    ]
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
+    configs: dict[int, Any] = {id(module.config): module.config for module in modules}
+    own = [(each, each._attn_implementation) for each in configs.values() if hasattr(each, "_attn_implementation")]
     token = _ACTIVE.set(groups)
     try:
-        for config, _ in own:
-            config._attn_implementation = implementation
+        for each, _ in own:
+            each._attn_implementation = implementation
         yield
     finally:
-        for config, name in own:
-            config._attn_implementation = name
+        for each, name in own:
+            each._attn_implementation = name
         _ACTIVE.reset(token)
 
 

@@ -107,21 +107,25 @@ def why_not_packed(model: Any) -> str:
 def why_layouts_differ(model: nn.Module, plan: LayoutPlan) -> str:
     """Run a tiny batch padded and as planned; how the logits differ, empty where they agree up to rounding."""
     device = next(model.parameters()).device
+    assert plan.attention is not None
+    # Without autocast the comparison is sharper; only a backend that needs it is tried in it.
+    autocast = plan.attention.half_precision and torch.is_autocast_enabled(device.type)
     groups = _probe(_vocabulary(model))
     packed = plan.pack(groups).to(device)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=autocast):
             expected = _padded_logits(model, groups, device)
             logits = model_output(model, packed, plan).logits.flatten(0, 1)[packed.rows].float()
-    except LayoutUnsupportedError as error:
-        return str(error)
+    except LayoutUnsupportedError as unsupported:
+        return str(unsupported)
     finally:
         for module in training:
             module.training = True
     error = float((logits - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    allowed = _ROUNDINGS * _eps(next(model.parameters()).dtype, device)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
+    allowed = _ROUNDINGS * _eps(dtype, device)
     return "" if error <= allowed else f"its logits change by {error:.3g} of their size with the layout {plan.kind!r}"
 
 

@@ -34,6 +34,11 @@ class FlashVarlenAttention:
     ) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
+        if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8 or query.shape[-1] > 256:
+            raise LayoutUnsupportedError(
+                "flash-attn takes fp16 or bf16 and heads of a multiple of 8 up to 256, and its heads are "
+                f"{query.shape[-1]} wide in {query.dtype}"
+            )
         out, lse, _, _ = _flash_attn_varlen_forward(
             query, key, value, **_places(sequences), **_settings(scoring), return_softmax=False
         )
@@ -146,7 +151,8 @@ def attend_varlen(
         out = windowed_attention(*flat, mask.windowed, attention, Scoring(scale, True, softcap, window))
     else:
         raise LayoutUnsupportedError("its mask is neither causal nor a sliding window")
-    return out.unflatten(0, mask.groups.input_ids.shape)
+    rows: Tensor = out.unflatten(0, mask.groups.input_ids.shape)
+    return rows
 
 
 def _attend(
@@ -164,7 +170,7 @@ def _attend(
     if dropout:
         raise LayoutUnsupportedError("its attention has dropout, whose pattern two merged parts do not share")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attention = FlashVarlenAttention()
+    attention: VarlenAttention = FlashVarlenAttention()
     out = attend_varlen(attention, query, key, value, mask, scale=scale, softcap=softcap, window=sliding_window)
     return out, None
 
@@ -175,4 +181,4 @@ def _why_not(device: torch.device) -> str:
     return "" if find_spec("flash_attn") else "flash-attn is not installed (pip install robust_dpo[flash])"
 
 
-FLASH = AttentionBackend("flash", VarlenMask.of, _attend, _why_not, row_tokens=None)
+FLASH = AttentionBackend("flash", VarlenMask.of, _attend, _why_not, row_tokens=None, half_precision=True)

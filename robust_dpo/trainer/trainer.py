@@ -160,9 +160,9 @@ class RobustDPOTrainer(Trainer):
         elif self.args.n_gpu > 1:
             plan = LayoutPlan("padded", reason="DataParallel cuts batches by rows; start with torchrun to pack them")
         else:
-            plan = plan_layout(
-                model, self.args.layout, attention=self.args.layout_attention, row_tokens=self.args.layout_row_tokens
-            )
+            attention, row_tokens = self.args.layout_attention, self.args.layout_row_tokens
+            with self.accelerator.autocast():
+                plan = plan_layout(model, self.args.layout, attention=attention, row_tokens=row_tokens)
         if plan.reason and self.args.layout in ("group", "packed"):
             raise argument_error("layout", f"'auto' or 'padded' for {name}: {plan.reason}", repr(self.args.layout))
         if plan.reason and self.args.layout == "auto":
