@@ -15,6 +15,7 @@ from torch import Tensor
 
 from robust_dpo.bench.machine import describe_machine
 from robust_dpo.bench.record import Record, Role, Row
+from robust_dpo.bench.store import Store, run_key
 from robust_dpo.bench.tables import replace_between
 from robust_dpo.bench.train_step import main as command
 from robust_dpo.bench.train_step.contestants import CONTESTANTS, Contestant, choose, ours_with
@@ -306,10 +307,15 @@ def test_the_verdict_of_lists_and_of_bf16() -> None:
     assert [each.target for each in verdicts([half])] == ["peak memory, times the plain loop's"]
 
 
-def test_the_page_says_what_was_measured() -> None:
+def test_the_page_says_what_was_measured(tmp_path) -> None:
     rows = {"plain": ([4.0, 8.0], 2 << 30), "ours": ([2.0, 2.0], 1 << 30)}
     record = record_of(SMALL, rows)
-    page = results_markdown(describe_machine(1), [record], verdicts([record]))
+    machine = describe_machine(1)
+    store = Store(tmp_path, run_key(machine), machine)
+    store.put(record_of(replace(SMALL, responses=4), rows))
+    store.put(record)
+    page = results_markdown(store)
+    assert page.index("### small, pairs") < page.index("### small, lists")
     assert "### small, pairs, live reference, fp32" in page
     assert "| plain | 6000 [4000–8000] | 0.5625 | 112.5 | 3.00 [2.00–4.00] | 2.00 |" in page
     assert (
@@ -380,11 +386,11 @@ def test_the_command_measures_and_writes(tmp_path) -> None:
     arguments = ["--quick", "--device", "cpu", "--threads", "1", "--compare", "ours", "--docs", str(docs)]
     choices = ["--reference", "live", "--dtype", "fp32", "--responses", "2"]
     assert command.main([*arguments, *choices, "--out", str(tmp_path / "out")]) == 0
-    content = json.loads((tmp_path / "out" / "train_step.json").read_text())
-    (record,) = content["records"]
+    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    (record,) = run["cases"].values()
     assert [row["name"] for row in record["rows"]] == ["ours"]
     assert len(record["details"]["losses"]["ours"]) == 3 and len(record["rows"][0]["seconds"]) == 2
-    page = (tmp_path / "out" / "train_step.md").read_text()
+    page = (tmp_path / "out" / "results.md").read_text()
     assert page.strip() in docs.read_text() and "| ours |" in page
 
 
