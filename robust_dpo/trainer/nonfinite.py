@@ -89,6 +89,10 @@ class NonFiniteGuard(TrainerCallback):
         """Remember the loss [] and the group losses [G] of a micro-batch. Reads nothing from the device."""
         self._window.append((loss.detach(), group_losses, ids))
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget a training that was stopped."""
+        self._window, self._steps, self._stopped = [], [], None
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the step out, on the device where that is possible, if a loss of its window is not finite."""
         window, self._window = self._window, []
@@ -96,19 +100,24 @@ class NonFiniteGuard(TrainerCallback):
             return
         bad = (~torch.stack([loss for loss, _, _ in window]).isfinite()).any().float()
         bad = self._accelerator.reduce(bad, reduction="sum").clamp(max=1)
-        self._steps.append(_Step(state.global_step, bad, window))
-        optimizer = kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        step = _Step(state.global_step, bad, window)
+        optimizer = _unwrapped(kwargs["optimizer"])
         if self._skips_on_device(optimizer):
+            self._steps.append(step)
             if not self._skip:
                 bad = self._stopped = bad if self._stopped is None else torch.maximum(bad, self._stopped)
             optimizer.found_inf = bad
             if len(self._steps) >= _MOST_STEPS:
                 self.report()
         elif bool(bad):
+            self._steps.append(step)
             self.report()
             # Without gradients, rather than with zero ones: momentum and weight decay must not move the weights either.
             optimizer.zero_grad(set_to_none=True)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the flag away again; the optimizer is the user's."""
+        vars(_unwrapped(kwargs["optimizer"])).pop("found_inf", None)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report what was not logged."""
@@ -136,3 +145,8 @@ class NonFiniteGuard(TrainerCallback):
         """
         fused = isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups)
         return fused and self._accelerator.scaler is None and self._accelerator.distributed_type in _UNSHARDED
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer that accelerate wraps."""
+    return getattr(optimizer, "optimizer", optimizer)
