@@ -79,6 +79,11 @@ def available_backends() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
+def usable_backends(device: torch.device) -> list[AttentionBackend]:
+    """The backends that can run on a device, best first."""
+    return [backend for backend in _BACKENDS.values() if not backend.why_not(device)]
+
+
 def resolve_backend(name: str, device: torch.device) -> AttentionBackend:
     """The backend of a name, or with "auto" the first one that can run on the device.
 
@@ -87,7 +92,7 @@ def resolve_backend(name: str, device: torch.device) -> AttentionBackend:
         RuntimeError: it cannot run on the device.
     """
     if name == "auto":
-        return next(backend for backend in _BACKENDS.values() if not backend.why_not(device))
+        return usable_backends(device)[0]
     if name not in _BACKENDS:
         raise argument_error("layout_attention", f"one of auto, {', '.join(_BACKENDS)}", repr(name))
     backend = _BACKENDS[name]

@@ -38,8 +38,8 @@ class Sequences:
 
     @staticmethod
     def of(queries: list[int], keys: list[int], device: torch.device) -> Sequences:
-        starts = [torch.tensor([0, *accumulate(lens)], dtype=torch.int32).to(device) for lens in (queries, keys)]
-        return Sequences(tuple(queries), tuple(keys), *starts)
+        starts = [torch.tensor([0, *accumulate(lens)], dtype=torch.int32) for lens in (queries, keys)]
+        return Sequences(tuple(queries), tuple(keys), *(_placed(each, device) for each in starts))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,12 @@ class SharedPrompts:
 
 
 def _joined(places: list[Tensor], device: torch.device) -> Tensor:
-    return (torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)).to(device, non_blocking=True)
+    return _placed(torch.cat(places) if places else torch.zeros(0, dtype=torch.int64), device)
+
+
+def _placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for what runs there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def flattened(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
