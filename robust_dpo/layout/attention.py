@@ -160,7 +160,8 @@ def _refuse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: d
     given = [name for name in _ALTERING if options.get(name) is not None]
     if given:
         raise LayoutUnsupportedError(f"its attention takes {', '.join(given)}")
-    if not options.get("is_causal", getattr(module, "is_causal", True)):
+    causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise LayoutUnsupportedError("its attention is not causal")
     if query.shape[2] != key.shape[2]:
         raise LayoutUnsupportedError("its attention has other keys than those of the row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from robust_dpo.layout import Group, LayoutPlan, pack_groups, plan_layout
+from robust_dpo.layout import AttentionBackend, Group, LayoutPlan, attention, pack_groups, plan_layout, register_backend
 from robust_dpo.layout.choice import why_layouts_differ
 from robust_dpo.layout.dense import SDPA
 from robust_dpo.layout.segments import SEGMENTS
@@ -135,6 +136,32 @@ def _pack_with_a_leak(plan: LayoutPlan, groups: list[Group]) -> Any:
     packed = pack_groups(groups)
     packed.response_ids.clamp_(max=1)
     return packed
+
+
+def _broken(kind: type[Exception]) -> AttentionBackend:
+    def attend(*_: Any, **__: Any) -> Any:
+        raise kind("no kernel for heads 8 wide")
+
+    return dataclasses.replace(SDPA, name="broken", attend=attend)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, ValueError])
+def test_the_next_backend_stands_by(
+    kind: type[Exception],
+    build_model: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(attention, "_BACKENDS", {})
+    for backend in (_broken(kind), SDPA):
+        register_backend(backend)
+    model = build_model("llama")
+    plan = plan_layout(model)
+    assert (plan.kind, plan.attention, plan.reason) == ("group", SDPA, "")
+    assert "layout_attention 'broken' fails on this model: no kernel for heads 8 wide" in caplog.text
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(kind, match="no kernel for heads 8 wide"):
+        plan_layout(model, attention="broken")
 
 
 def test_refused(build_model: Callable[..., Any]) -> None:
