@@ -24,7 +24,7 @@ from robust_dpo.bench.implementation import Bound
 from robust_dpo.bench.machine import describe_machine
 from robust_dpo.bench.problem import IGNORE, Problem, Shape, group_loss, make_problem
 from robust_dpo.bench.processes import main as head_cpu
-from robust_dpo.bench.processes.workers import Worker, WorkerError
+from robust_dpo.bench.processes.workers import Worker, WorkerError, measure_memory
 from robust_dpo.bench.record import Record, Role, Row
 from robust_dpo.bench.registry import IMPLEMENTATIONS
 from robust_dpo.bench.rounding import Rounding, head_limits, rounding_of_logits
@@ -446,7 +446,7 @@ def test_docs_page_has_the_markers(tmp_path) -> None:
 
 
 def test_a_dead_worker_is_reported(tmp_path) -> None:
-    worker = Worker("memory", 1, "plain", tmp_path / "missing.pt")
+    worker = Worker(measure_memory, 1, "plain", tmp_path / "missing.pt")
     with pytest.raises(WorkerError, match="exit code 1"):
         worker.receive()
     worker.stop()

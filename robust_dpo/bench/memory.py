@@ -20,18 +20,20 @@ def extra_bytes(run: Callable[[], object], device: torch.device) -> tuple[int, s
 
     None where the system does not tell.
     """
+    before = bytes_in_use(device)
+    meter = PeakMeter(device)
+    meter.start()
+    run()
+    peak = meter.stop()
+    return None if peak is None else (peak[0] - before, peak[1])
+
+
+def bytes_in_use(device: torch.device) -> int:
+    """Bytes that are in use now: of the GPU's allocator, or resident; 0 where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before, "allocator"
-    if not _STATUS.exists():
-        return None
-    before = resident_bytes()
-    peak, method = peak_bytes(run)
-    return peak - before, method
+        return torch.cuda.memory_allocated(device)
+    return resident_bytes() if _STATUS.exists() else 0
 
 
 def _status(field: str) -> int:
@@ -50,33 +52,53 @@ def resident_bytes() -> int:
     return _status("VmRSS")
 
 
-def peak_bytes(run: Callable[[], object]) -> tuple[int, str]:
-    """Highest resident size while `run` runs, and how it was taken.
+class PeakMeter:
+    """Highest memory in use between `start` and `stop`: of the GPU's allocator, or of this process on Linux.
 
-    The kernel's own high-water mark where it may be reset, otherwise a thread that samples every millisecond.
+    On Linux the kernel's own high-water mark where it may be reset, otherwise a thread that samples every millisecond.
     """
-    try:
-        _CLEAR_REFS.write_text("5")
-    except OSError:
-        return _sampled_peak(run), "sampled every millisecond"
-    run()
-    return _status("VmHWM"), "high-water mark"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sampler: _Sampler | None = None
+
+    def start(self) -> None:
+        """Forget what was the highest until now."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        try:
+            _CLEAR_REFS.write_text("5")
+        except OSError:
+            self._sampler = _Sampler()
+
+    def stop(self) -> tuple[int, str] | None:
+        """Bytes, and how they were taken; None where the system does not tell."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return torch.cuda.max_memory_allocated(self._device), "allocator"
+        if not _STATUS.exists():
+            return None
+        if self._sampler is None:
+            return _status("VmHWM"), "high-water mark"
+        return self._sampler.stop(), "sampled every millisecond"
 
 
-def _sampled_peak(run: Callable[[], object]) -> int:
-    done, peak = threading.Event(), _status("VmRSS")
+class _Sampler:
+    """A thread that looks at the resident size every millisecond."""
 
-    def sample() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, _status("VmRSS"))
+    def __init__(self) -> None:
+        self._done, self._peak = threading.Event(), 0
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._done.is_set() and _STATUS.exists():
+            self._peak = max(self._peak, _status("VmRSS"))
             time.sleep(0.001)
 
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        run()
-    finally:
-        done.set()
-        thread.join()
-    return max(peak, _status("VmRSS"))
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return max(self._peak, _status("VmRSS"))

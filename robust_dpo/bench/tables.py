@@ -131,9 +131,9 @@ def _grid(record: Record, choice: dict[str, Cell]) -> list[list[str]]:
     return [list(kept), *(list(cells) for cells in zip(*kept.values(), strict=True))]
 
 
-def rich_table(record: Record) -> Table:
+def rich_table(record: Record, columns: dict[str, Cell] = TERMINAL_COLUMNS) -> Table:
     """The record for a terminal."""
-    header, *body = _grid(record, TERMINAL_COLUMNS)
+    header, *body = _grid(record, columns)
     table = Table(title=Text(record.title, style="bold"), title_justify="left", box=SIMPLE_HEAD, padding=0)
     for index, column in enumerate(header):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
@@ -145,9 +145,14 @@ def rich_table(record: Record) -> Table:
     return table
 
 
-def markdown_table(record: Record) -> str:
+def markdown_table(record: Record, columns: dict[str, Cell] = COLUMNS) -> str:
     """The record for Markdown."""
-    header, *body = _grid(record, COLUMNS)
+    header, *body = _grid(record, columns)
+    return markdown_lines(header, body)
+
+
+def markdown_lines(header: list[str], body: list[list[str]]) -> str:
+    """A Markdown table; the first column to the left, all others to the right."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     safe = [[cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in [header, rule, *body]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in safe)

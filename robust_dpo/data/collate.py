@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robust_dpo.errors import argument_error, type_error
+from robust_dpo.layout import Group, LayoutPlan, pack_groups
 
 IGNORE_INDEX = -100
 """Label of positions that are not part of a response."""
@@ -23,6 +24,9 @@ class PreferenceCollator:
         pad_token_id: what `input_ids` hold where nothing is; masked everywhere, so any id will do. None is 0; see
             `PreferenceCollator.for_tokenizer`.
         pad_to_multiple_of: round the width T up to a multiple of this (tensor cores like 8 or 64).
+        shared: also lay out the groups without padding, with one prompt for all responses of a group (True) or one
+            for each (False); None does not.
+        row_tokens: places of the rows in that layout; None is one row.
 
     Called with a list of G rows of `tokenize_groups`, it returns a dict with S = Σ K responses, prompt-major:
         input_ids, attention_mask, labels: [S, T] int64; labels are unshifted, −100 on prompt and padding.
@@ -31,6 +35,7 @@ class PreferenceCollator:
         scores: [S] float32, if any row has scores; rows without get 0, −1, −2, … (best first).
         calibration: [G] float32, if the rows have a column `calibration` (one float).
         ref_logps: [S] float32, if the rows have a column `ref_logps` (K floats).
+        packed: `PackedGroups`, if `shared` is not None.
 
     Raises:
         TypeError, ValueError: rows that are not tokenised groups, or where only some have a calibration or ref_logps.
@@ -38,6 +43,8 @@ class PreferenceCollator:
 
     pad_token_id: int | None = None
     pad_to_multiple_of: int | None = None
+    shared: bool | None = None
+    row_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.pad_token_id is not None and self.pad_token_id < 0:
@@ -51,6 +58,11 @@ class PreferenceCollator:
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return PreferenceCollator(pad, pad_to_multiple_of)
 
+    def for_layout(self, plan: LayoutPlan) -> PreferenceCollator:
+        """This collator for models whose batches are laid out as planned."""
+        shared = None if plan.kind == "padded" else plan.kind == "group"
+        return replace(self, shared=shared, row_tokens=plan.row_tokens)
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not rows:
             raise argument_error("rows", "at least one tokenised group", "an empty list")
@@ -58,6 +70,9 @@ class PreferenceCollator:
             _check_row(row)
         batch: dict[str, Any] = self._pad(rows)
         batch["group_sizes"] = torch.tensor([len(row["response_ids"]) for row in rows])
+        if self.shared is not None:
+            groups = [Group(row["prompt_ids"], row["response_ids"]) for row in rows]
+            batch["packed"] = pack_groups(groups, shared=self.shared, row_tokens=self.row_tokens)
         if any(row.get("scores") is not None for row in rows):
             batch["scores"] = torch.tensor([score for row in rows for score in _scores(row)], dtype=torch.float32)
         if _all_or_none(rows, "calibration"):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,6 +16,7 @@ from datasets import List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from robust_dpo.data.fingerprint import json_fingerprint, tokenizer_fingerprint
 from robust_dpo.data.rows import DROP_HINT, BadRow, Message, Prompt, Reason
 from robust_dpo.errors import DataError, argument_error, type_error
 
@@ -29,6 +31,8 @@ TRUNCATIONS: dict[str, Cut] = {
 """Which part of a prompt that is too long stays."""
 
 _STATUS = "__status"
+# Raised when the same text under the same limits gives other ids than before.
+_RULES = 1
 
 
 def tokenize_groups(
@@ -41,6 +45,7 @@ def tokenize_groups(
     on_bad_row: str = "error",
     add_bos: bool | None = None,
     num_proc: int | None = None,
+    cache_dir: str | Path | None = None,
 ) -> datasets.Dataset:
     """Turn canonical rows into token ids.
 
@@ -66,6 +71,8 @@ def tokenize_groups(
             "error", or "drop" with a warning that counts them.
         add_bos: write BOS before the prompt; None does what the tokenizer itself does.
         num_proc: processes.
+        cache_dir: directory to keep the ids in; rows that were tokenised before by the same tokenizer under the same
+            limits are then read from there. None keeps nothing.
 
     Returns:
         The dataset without prompt and responses, with prompt_ids (list of P int32), response_ids (K lists of int32),
@@ -96,16 +103,33 @@ def tokenize_groups(
     ids = {"prompt_ids": List(Value("int32")), "response_ids": List(List(Value("int32")))}
     cuts = {"prompt_cut": Value("int32"), "response_cut": List(Value("int32"))}
     kept = {name: kind for name, kind in dataset.features.items() if name not in ("prompt", "responses")}
+    # Datasets would hash the function with everything that it refers to, library versions and paths among it.
+    recipe = (
+        _RULES,
+        dataset._fingerprint,
+        tokenizer_fingerprint(tokenizer),
+        tokenizer.chat_template,
+        encoder.bos,
+        str(limits),
+    )
+    fingerprint = json_fingerprint(recipe)[:32]
     tokenised = dataset.map(
         encode,
         batched=True,
         num_proc=num_proc,
         remove_columns=["prompt", "responses"],
         features=datasets.Features({**kept, **ids, **cuts, _STATUS: Value("string")}),
-        load_from_cache_file=False,
+        load_from_cache_file=cache_dir is not None,
+        cache_file_name=None if cache_dir is None else _cache_file(Path(cache_dir), fingerprint),
+        new_fingerprint=fingerprint,
         desc="Tokenising",
     )
     return _usable(tokenised, on_bad_row)
+
+
+def _cache_file(directory: Path, fingerprint: str) -> str:
+    directory.mkdir(parents=True, exist_ok=True)
+    return str(directory / f"tokens-{fingerprint}.arrow")
 
 
 @dataclass(frozen=True)

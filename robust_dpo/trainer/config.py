@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
@@ -14,6 +15,7 @@ from robust_dpo.calibration.density_ratio import Form
 from robust_dpo.calibration.reduce import REDUCTIONS
 from robust_dpo.dispatch import check_backend
 from robust_dpo.errors import argument_error, type_error
+from robust_dpo.layout import LAYOUTS, available_backends
 from robust_dpo.losses import BoundLoss
 from robust_dpo.robust import MODES, Mean, RobustObjective, from_mode
 from robust_dpo.robust import resolve as resolve_objective
@@ -30,7 +32,9 @@ class RobustDPOConfig(TrainingArguments):
     """`transformers.TrainingArguments` and what preference training adds; TRL's names where they mean the same.
 
     Defaults that differ from TrainingArguments: `learning_rate` 1e-6 and `logging_steps` 10 (as in TRL),
-    `remove_unused_columns` False (the collator needs columns that the model does not take).
+    `remove_unused_columns` False (the collator needs columns that the model does not take), and what keeps the host
+    from waiting for the device at every micro-batch: `logging_nan_inf_filter` False, `accelerator_config.non_blocking`
+    True.
     `per_device_train_batch_size` counts groups (prompts), each with all of its responses.
 
     Raises:
@@ -43,6 +47,12 @@ class RobustDPOConfig(TrainingArguments):
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two logs."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has to stay False."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Read every loss back to leave it out of the log; on_nonfinite does without."}
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Keep data workers from epoch to epoch; default: where there are any."}
+    )
 
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained where the model is given as a path or name."}
@@ -70,6 +80,15 @@ class RobustDPOConfig(TrainingArguments):
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "Groups per batch of that pass; default: the batch size of the data set."}
     )
+
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory for what can be kept between runs: token ids of the rows, reference log-probs. Default: "
+            "log-probs in output_dir/reference_cache, token ids nowhere."
+        },
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the rows."})
 
     loss_type: str = field(default="sigmoid", metadata={"help": "Name of a registered preference loss."})
     beta: float | None = field(default=None, metadata={"help": "Scale of the reward; default: the loss's own."})
@@ -100,6 +119,20 @@ class RobustDPOConfig(TrainingArguments):
         default=None, metadata={"help": "Further arguments of robust_dpo.calibration.density_ratio by name."}
     )
 
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "How a batch is laid out: group runs a prompt once for all of its responses, packed once for each "
+            "without padding, padded with it; auto: the first that the model can take.",
+            "choices": list(LAYOUTS),
+        },
+    )
+    layout_attention: str = field(
+        default="auto", metadata={"help": "Attention over packed rows: auto, flex, flash, segments or sdpa."}
+    )
+    layout_row_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of a packed row; default: that of the attention, mostly one row."}
+    )
     head_route: str = field(
         default="auto",
         metadata={
@@ -114,7 +147,13 @@ class RobustDPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        own_accelerator: Any = self.accelerator_config
         super().__post_init__()
+        if own_accelerator is None:
+            # Otherwise a copy from pinned memory waits for all that the device has to do before.
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         loss_type: object = self.loss_type
         if isinstance(loss_type, list) and len(loss_type) == 1:
             # TRL's DPOConfig holds a list of losses to add up.
@@ -126,6 +165,10 @@ class RobustDPOConfig(TrainingArguments):
             raise argument_error("remove_unused_columns", "False: the collator needs every column", True)
         if self.batch_eval_metrics:
             raise argument_error("batch_eval_metrics", "False: evaluation solves one objective over all groups", True)
+        if self.cache_dir is not None:
+            if not isinstance(self.cache_dir, str | os.PathLike):
+                raise type_error("cache_dir", "the path of a directory, or None", self.cache_dir)
+            self.cache_dir = os.fspath(self.cache_dir)
         self._check_choices()
         check_backend(self.backend, self.device)
         self._check_counts()
@@ -200,12 +243,21 @@ class RobustDPOConfig(TrainingArguments):
             ("on_bad_row", BAD_ROW_POLICIES),
             ("on_nonfinite", NONFINITE_POLICIES),
             ("head_route", HEAD_ROUTES),
+            ("layout", LAYOUTS),
+            ("layout_attention", ("auto", *available_backends())),
         ):
             if getattr(self, name) not in allowed:
                 raise argument_error(name, f"one of {', '.join(allowed)}", repr(getattr(self, name)))
 
     def _check_counts(self) -> None:
-        for name in ("max_length", "max_prompt_length", "pad_to_multiple_of", "precompute_ref_batch_size"):
+        for name in (
+            "max_length",
+            "max_prompt_length",
+            "pad_to_multiple_of",
+            "precompute_ref_batch_size",
+            "dataset_num_proc",
+            "layout_row_tokens",
+        ):
             value = getattr(self, name)
             if value is None:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from robust_dpo.calibration.rows import calibrate_rows
 from robust_dpo.data import PreferenceCollator, load_preferences, tokenize_groups
+from robust_dpo.data.fingerprint import json_fingerprint, tokenizer_fingerprint
 from robust_dpo.errors import DataError, argument_error, type_error
 from robust_dpo.trainer.config import RobustDPOConfig
 
@@ -19,6 +21,15 @@ Rows: TypeAlias = "Dataset | str | Path | Iterable[Mapping[str, Any]]"
 """A data set, the file or hub name of one, or dictionaries."""
 
 _TOKENISED = {"prompt_ids", "response_ids"}
+
+
+@dataclass(frozen=True)
+class TokenRecipe:
+    """How texts became token ids: a hash of the tokenizer, one of its chat template, and the limits, readable."""
+
+    tokenizer: str
+    chat_template: str
+    truncation: str
 
 
 @dataclass(frozen=True)
@@ -64,16 +75,27 @@ class RowPreparation:
             dataset = dataset.add_column("calibration", self._calibration(dataset, argument))
         return dataset
 
+    @property
+    def recipe(self) -> TokenRecipe:
+        """How rows become token ids."""
+        limits = f"{self.args.max_length} {self.args.max_prompt_length} {self.args.truncation_mode}"
+        template = json_fingerprint(self.tokenizer.chat_template)
+        return TokenRecipe(tokenizer_fingerprint(self.tokenizer), template, limits)
+
     def _tokenise(self, rows: Rows) -> Dataset:
-        """Checked rows as token ids."""
-        return tokenize_groups(
-            load_preferences(rows, on_bad_row=self.args.on_bad_row).dataset,
-            self.tokenizer,
-            max_length=self.args.max_length,
-            max_prompt_length=self.args.max_prompt_length,
-            truncation=self.args.truncation_mode,
-            on_bad_row=self.args.on_bad_row,
-        )
+        """Checked rows as token ids; where they are kept, one process makes them and the others read them."""
+        checked = load_preferences(rows, on_bad_row=self.args.on_bad_row).dataset
+        with nullcontext() if self.args.cache_dir is None else self.args.main_process_first(desc="tokenising"):
+            return tokenize_groups(
+                checked,
+                self.tokenizer,
+                max_length=self.args.max_length,
+                max_prompt_length=self.args.max_prompt_length,
+                truncation=self.args.truncation_mode,
+                on_bad_row=self.args.on_bad_row,
+                num_proc=self.args.dataset_num_proc,
+                cache_dir=self.args.cache_dir,
+            )
 
     def _require_scores(self, dataset: Dataset, argument: str) -> None:
         """Refuse rows whose scores the collator would have to make up from the order of the responses."""

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
+_Losses: TypeAlias = "tuple[Tensor, Tensor, list[str]]"
+
+# Without logging nobody asks for a report, and what it needs must not pile up.
+_MOST_STEPS = 1000
+# Where gradients and weights are plain tensors: elsewhere an optimizer may not mix them with a flag that is one.
+_UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
 
 class NonFiniteLossError(FloatingPointError):
-    """Raised before the optimizer step; `group_ids` names the groups whose loss was not finite."""
+    """The loss of an optimizer step was not finite; the weights are those from before it.
+
+    Args:
+        group_ids: names of the groups whose loss was not finite.
+        step: optimizer steps before that one.
+    """
 
     def __init__(self, group_ids: list[str], step: int) -> None:
         self.group_ids, self.step = group_ids, step
@@ -26,40 +39,114 @@ class NonFiniteLossError(FloatingPointError):
         )
 
 
-class NonFiniteGuard(TrainerCallback):
-    """Watches the losses of an accumulation window and acts once, just before the optimizer does.
+@dataclass(frozen=True)
+class _Step:
+    """One optimizer step.
 
     Args:
-        skip: leave the step out and count it in `skipped_steps`, instead of raising.
+        number: optimizer steps before it.
+        bad: [] float on the device, 1 where a loss on any rank was not finite.
+        window: of each micro-batch the loss [], the group losses [G] and the groups' names.
+    """
+
+    number: int
+    bad: Tensor
+    window: list[_Losses]
+
+    def group_ids(self) -> list[str]:
+        """Names of the groups of this rank whose loss is not finite. Reads them."""
+        return [
+            name
+            for _, group_losses, names in self.window
+            for name, finite in zip(names, group_losses.isfinite().tolist(), strict=True)
+            if not finite
+        ]
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Keeps optimizer steps whose loss is not finite, on any rank, from changing anything.
+
+    An optimizer that can leave a step out on the device (torch's fused ones) is told so there, and the host does not
+    wait: it learns of it in `report`. Any other has its gradients taken away, which takes one read per optimizer step.
+
+    Args:
+        accelerator: of the run.
+        skip: leave out such steps alone, and count them. Otherwise the first one stops the training, and none of those
+            after it that the device has been given by then changes anything either.
+
+    Attributes:
+        skipped_steps: how many `report` has told of.
     """
 
     def __init__(self, accelerator: Accelerator, *, skip: bool) -> None:
         self._accelerator, self._skip = accelerator, skip
-        self._window: list[tuple[Tensor, Tensor, list[str]]] = []
+        self._window: list[_Losses] = []
+        self._steps: list[_Step] = []
+        self._stopped: Tensor | None = None
         self.skipped_steps = 0
 
     def watch(self, loss: Tensor, group_losses: Tensor, ids: list[str]) -> None:
         """Remember the loss [] and the group losses [G] of a micro-batch. Reads nothing from the device."""
         self._window.append((loss.detach(), group_losses, ids))
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget a training that was stopped."""
+        self._window, self._steps, self._stopped = [], [], None
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise or drop the gradients of the window where a loss on any rank is not finite."""
+        """Leave the step out, on the device where that is possible, if a loss of its window is not finite."""
         window, self._window = self._window, []
         if not window:
             return
-        bad = (~torch.stack([loss for loss, _, _ in window]).isfinite()).sum()
-        if int(self._accelerator.reduce(bad, reduction="sum")) == 0:
-            return
-        ids = [
-            name
-            for _, group_losses, names in window
-            for name, finite in zip(names, group_losses.isfinite().tolist(), strict=True)
-            if not finite
-        ]
-        ids = gather_object(ids)
-        if not self._skip:
-            raise NonFiniteLossError(ids, state.global_step)
-        self.skipped_steps += 1
-        # Without gradients, rather than with zero ones: momentum and weight decay must not move the weights either.
-        kwargs["optimizer"].zero_grad(set_to_none=True)
-        logger.warning("step %d skipped: its loss is not finite. Groups: %s", state.global_step + 1, ids)
+        bad = (~torch.stack([loss for loss, _, _ in window]).isfinite()).any().float()
+        bad = self._accelerator.reduce(bad, reduction="sum").clamp(max=1)
+        step = _Step(state.global_step, bad, window)
+        optimizer = _unwrapped(kwargs["optimizer"])
+        if self._skips_on_device(optimizer):
+            self._steps.append(step)
+            if not self._skip:
+                bad = self._stopped = bad if self._stopped is None else torch.maximum(bad, self._stopped)
+            optimizer.found_inf = bad
+            if len(self._steps) >= _MOST_STEPS:
+                self.report()
+        elif bool(bad):
+            self._steps.append(step)
+            self.report()
+            # Without gradients, rather than with zero ones: momentum and weight decay must not move the weights either.
+            optimizer.zero_grad(set_to_none=True)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the flag away again; the optimizer is the user's."""
+        vars(_unwrapped(kwargs["optimizer"])).pop("found_inf", None)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report what was not logged."""
+        self.report()
+
+    def report(self) -> None:
+        """Learn of the steps since the last call, with one read.
+
+        Raises:
+            NonFiniteLossError: a loss was not finite, and such steps are not to be skipped.
+        """
+        steps, self._steps = self._steps, []
+        flags = torch.stack([step.bad for step in steps]).tolist() if steps else []
+        for step in [step for step, bad in zip(steps, flags, strict=True) if bad]:
+            ids = gather_object(step.group_ids())
+            if not self._skip:
+                raise NonFiniteLossError(ids, step.number)
+            self.skipped_steps += 1
+            logger.warning("step %d skipped: its loss is not finite. Groups: %s", step.number + 1, ids)
+
+    def _skips_on_device(self, optimizer: Any) -> bool:
+        """Whether the optimizer takes `found_inf`, and nobody else sets it: torch's scaler of fp16 gradients does.
+
+        Only Adam's: torch's fused SGD leaves its momentum without contents if the first step is left out.
+        """
+        fused = isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups)
+        return fused and self._accelerator.scaler is None and self._accelerator.distributed_type in _UNSHARDED
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer that accelerate wraps."""
+    return getattr(optimizer, "optimizer", optimizer)

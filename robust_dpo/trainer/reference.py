@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,16 +10,44 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from robust_dpo.reference_cache import configuration_fingerprint, model_tensors, weights_fingerprint
 from robust_dpo.trainer.dropout import evaluating
 from robust_dpo.trainer.scoring import Batch, SequenceScorer
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a reference is recognised by.
+
+    Args:
+        weights: hash of every parameter and buffer.
+        configuration: hash of the model's class, configuration and active adapters.
+        dtype: of the weights.
+    """
+
+    weights: str
+    configuration: str
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(model: nn.Module, tensors: dict[str, Tensor], *, adapters: bool) -> Identity:
+        """The identity of a model of which `tensors` take part, with or without its adapters."""
+        dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+        return Identity(
+            weights_fingerprint(tensors.items()), configuration_fingerprint(model, adapters=adapters), dtype
+        )
 
 
 class Reference(Protocol):
     """Gives the reference log-probs of a batch."""
 
     @property
-    def fingerprint(self) -> str:
-        """Tells its weights from others'."""
+    def scorer(self) -> SequenceScorer:
+        """What runs it."""
+
+    @property
+    def identity(self) -> Identity:
+        """Tells it from others."""
 
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         """[S], no gradient. `policy` is the (wrapped) model in training."""
@@ -34,12 +60,17 @@ class FrozenModel:
 
     model: nn.Module
     scorer: SequenceScorer
-    fingerprint: str
+    identity: Identity
 
     @staticmethod
     def of(model: nn.Module, scorer: SequenceScorer) -> FrozenModel:
         """Freeze `model`, in place."""
-        return FrozenModel(model.requires_grad_(False), scorer, fingerprint(model.named_parameters()))
+        return FrozenModel.as_it_is(model.requires_grad_(False), scorer)
+
+    @staticmethod
+    def as_it_is(model: nn.Module, scorer: SequenceScorer) -> FrozenModel:
+        """`model` with the weights that it has now, for as long as it keeps them."""
+        return FrozenModel(model, scorer, Identity.of(model, model_tensors(model), adapters=True))
 
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         # Always eval mode: `model` is the policy itself where its log-probs are computed before training.
@@ -52,7 +83,14 @@ class PolicyWithoutAdapter:
     """The policy with its PEFT adapter switched off (and in eval mode) for the length of the pass."""
 
     scorer: SequenceScorer
-    fingerprint: str
+    identity: Identity
+
+    @staticmethod
+    def of(policy: PeftModel, scorer: SequenceScorer) -> PolicyWithoutAdapter:
+        """What is left of `policy`: its weights that training leaves alone."""
+        trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        left = {name: tensor for name, tensor in model_tensors(policy).items() if name not in trained}
+        return PolicyWithoutAdapter(scorer, Identity.of(policy.get_base_model(), left, adapters=False))
 
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         peft_model = _unwrap(policy)
@@ -69,31 +107,11 @@ def own_reference(policy: nn.Module, scorer: SequenceScorer, *, copy_policy: boo
         copy_policy: False where the reference is only used before training starts, and no copy is needed.
     """
     if isinstance(policy, PeftModel):
-        return PolicyWithoutAdapter(scorer, fingerprint(frozen_parameters(policy)))
+        return PolicyWithoutAdapter.of(policy, scorer)
     if not copy_policy:
-        return FrozenModel(policy, scorer, fingerprint(policy.named_parameters()))
+        return FrozenModel.as_it_is(policy, scorer)
     model = copy.deepcopy(policy)
     return FrozenModel.of(model, scorer.for_copy(model))
-
-
-def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of names, shapes, dtypes and up to 64 spread-out values of every parameter.
-
-    An optimiser step moves every value of a trained parameter, so a model that has been trained further is told
-    apart, at a cost that does not grow with the model.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in parameters:
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().double()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def frozen_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The named parameters that training leaves alone: for a PEFT model, what is left without its adapter."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
 def _unwrap(model: nn.Module) -> Any:

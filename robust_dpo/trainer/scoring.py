@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from robust_dpo import ops
+from robust_dpo.layout import LayoutPlan, PackedGroups, groups_of
+from robust_dpo.layout.choice import PADDED, model_output
+from robust_dpo.layout.packing import IGNORED
 from robust_dpo.trainer.head import capture_head_input, linear_head
 from robust_dpo.trainer.self_check import HeadCheck
 
-IGNORED = -100
 Batch = dict[str, Any]
 
 
@@ -34,10 +36,12 @@ class SequenceScorer:
     Args:
         check: whether its head may be fused, and what it does to its logits.
         backend: backend of the fused operators.
+        layout: how batches are laid out for it.
     """
 
     check: HeadCheck
     backend: str = "auto"
+    layout: LayoutPlan = PADDED
 
     @property
     def fused(self) -> bool:
@@ -47,17 +51,32 @@ class SequenceScorer:
         """The scorer of a copy of the model that this one is for."""
         return replace(self, check=replace(self.check, head=linear_head(model) if self.fused else None))
 
+    def laid_out(self, batch: Batch) -> Batch:
+        """The batch with its groups under `packed` as this model takes them; the collator's where it made them.
+
+        The `group_sizes` of a packed batch are on the CPU, so that nothing has to be read from the device.
+        """
+        if self.layout.kind == "padded":
+            return batch
+        packed: PackedGroups | None = batch.get("packed")
+        if packed is None or packed.shared != (self.layout.kind == "group"):
+            packed = self.layout.pack(groups_of(batch))
+        packed = packed.to(batch["input_ids"].device)
+        return {**batch, "packed": packed, "group_sizes": packed.group_sizes}
+
     def head_arguments(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        """Hidden [S, T, H], weight, bias, softcap, logit_scale and backend, as the fused operators take them.
+        """Hidden states, targets, lengths, weight, bias, softcap, logit_scale and backend for the fused operators.
 
         `model` is the wrapped one, so that DDP's hooks run.
         """
         head, transform = self.check.head, self.check.transform
         assert head is not None
+        batch = self.laid_out(batch)
         with capture_head_input(head) as captured:
-            model(**_model_inputs(batch))
+            self._run(model, batch)
         return {
-            "hidden": _real_positions(captured[0], batch),
+            "hidden": self._predicting(captured[0], batch),
+            **self._targets(batch),
             "weight": head.weight,
             "bias": head.bias,
             "softcap": transform.softcap,
@@ -67,20 +86,28 @@ class SequenceScorer:
 
     def logps(self, model: nn.Module, batch: Batch) -> Tensor:
         """[S] float32, log-prob of each response, differentiable."""
-        targets = shifted_targets(batch)
         if self.fused:
-            logps = ops.sequence_logps(targets=targets, **self.head_arguments(model, batch))
+            logps = ops.sequence_logps(**self.head_arguments(model, batch))
         else:
-            logits = _real_positions(model(**_model_inputs(batch)).logits, batch)
-            logps = ops.sequence_logps_from_logits(logits, targets, backend=self.backend)
+            batch = self.laid_out(batch)
+            logits = self._predicting(self._run(model, batch).logits, batch)
+            logps = ops.sequence_logps_from_logits(logits, **self._targets(batch), backend=self.backend)
         assert isinstance(logps, Tensor)
         return logps
 
+    def _run(self, model: nn.Module, batch: Batch) -> Any:
+        if self.layout.kind == "padded":
+            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        return model_output(model, batch["packed"], self.layout)
 
-def _model_inputs(batch: Batch) -> Batch:
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    def _predicting(self, values: Tensor, batch: Batch) -> Tensor:
+        """[S, T, ...] of a padded batch, [N, ...] of a packed one: one row per token that `_targets` names."""
+        if self.layout.kind == "padded":
+            # Without the virtual tokens that prompt-learning adapters put in front.
+            return values[:, -batch["input_ids"].shape[1] :]
+        return values.flatten(0, 1).index_select(0, batch["packed"].rows)
 
-
-def _real_positions(values: Tensor, batch: Batch) -> Tensor:
-    """[S, T, ...] without the virtual tokens that prompt-learning adapters put in front."""
-    return values[:, -batch["input_ids"].shape[1] :]
+    def _targets(self, batch: Batch) -> dict[str, Any]:
+        if self.layout.kind == "padded":
+            return {"targets": shifted_targets(batch)}
+        return {"targets": batch["packed"].targets, "seq_lens": batch["packed"].seq_lens}

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from robust_dpo import ops
-from robust_dpo.data import length_statistics
+from robust_dpo.data import PreferenceCollator, length_statistics
 from robust_dpo.errors import argument_error, type_error
-from robust_dpo.groups import GroupLayout, Groups
+from robust_dpo.layout import LayoutPlan, plan_layout
 from robust_dpo.output import PreferenceOutput
+from robust_dpo.reference_cache import ReferenceCache
 from robust_dpo.robust import Solution
 from robust_dpo.trainer import checkpoint
 from robust_dpo.trainer.config import RobustDPOConfig
@@ -34,13 +35,14 @@ from robust_dpo.trainer.metrics import (
     known_means,
     logp_accuracies,
     robust_metrics,
+    seen_groups,
     widest_float,
 )
-from robust_dpo.trainer.models import add_adapter, load_model, load_tokenizer
+from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer
 from robust_dpo.trainer.nonfinite import NonFiniteGuard
-from robust_dpo.trainer.precompute import has_ref_logps, with_ref_logps
+from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
-from robust_dpo.trainer.scoring import Batch, SequenceScorer, response_lengths, shifted_targets
+from robust_dpo.trainer.scoring import Batch, SequenceScorer, response_lengths
 from robust_dpo.trainer.self_check import HeadCheck, check_head
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class RobustDPOTrainer(Trainer):
     args: RobustDPOConfig
     train_dataset: Dataset | None
     eval_dataset: Dataset | dict[str, Dataset] | None
+    data_collator: Any
 
     def __init__(
         self,
@@ -119,18 +122,52 @@ class RobustDPOTrainer(Trainer):
         self.bound_loss = args.bound_loss()
         self.objective = args.objective()
         self._reward_beta = args.reward_beta
-        self._scorer = SequenceScorer(self._check_head(self.model, "the model"), args.backend)
+        self._scorer = self._make_scorer(self.model, "the model")
+        if isinstance(self.data_collator, PreferenceCollator):
+            self.data_collator = self.data_collator.for_layout(self._scorer.layout)
         self.reference = self._build_reference(ref_model)
-        self._reference_fingerprint = None if self.reference is None else self.reference.fingerprint
+        self._reference_weights = None if self.reference is None else self.reference.identity.weights
         if self.reference is not None and args.precompute_ref_log_probs:
             self._precompute(self.reference)
         self._means = RunningMeans()
         self._guard = NonFiniteGuard(self.accelerator, skip=args.on_nonfinite == "skip")
         self.add_callback(self._guard)
         self._last_weights: tuple[Tensor, list[str]] | None = None
+        if not args.disable_tqdm:
+            self._print_lengths()
+
+    def _print_lengths(self) -> None:
+        """Say how long the training data is and what its layout saves."""
         # Rows that were not tokenised by tokenize_groups do not say what was cut.
-        if not args.disable_tqdm and "response_cut" in getattr(self.train_dataset, "column_names", ()):
-            self.accelerator.print(length_statistics(self.train_dataset, args.per_device_train_batch_size))
+        if "response_cut" not in getattr(self.train_dataset, "column_names", ()):
+            return
+        lengths = length_statistics(self.train_dataset, self.args.per_device_train_batch_size)
+        self.accelerator.print(lengths)
+        kind = self._scorer.layout.kind
+        if kind != "padded":
+            speedup = lengths.expected_speedup(*layer_parameters(self.model), shared=kind == "group")
+            self.accelerator.print(f"layout {kind!r}: expected {speedup:.1f} × as fast as padded batches")
+
+    def _make_scorer(self, model: nn.Module, name: str) -> SequenceScorer:
+        return SequenceScorer(self._check_head(model, name), self.args.backend, self._plan_layout(model, name))
+
+    def _plan_layout(self, model: nn.Module, name: str) -> LayoutPlan:
+        """How batches are laid out for `model`."""
+        if self.args.torch_compile:
+            plan = LayoutPlan("padded", reason="torch_compile compiles the model's own attention")
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            plan = LayoutPlan("padded", reason="FSDP and DeepSpeed shard the model, which is then not tried beforehand")
+        elif self.args.n_gpu > 1:
+            plan = LayoutPlan("padded", reason="DataParallel cuts batches by rows; start with torchrun to pack them")
+        else:
+            attention, row_tokens = self.args.layout_attention, self.args.layout_row_tokens
+            with self.accelerator.autocast():
+                plan = plan_layout(model, self.args.layout, attention=attention, row_tokens=row_tokens)
+        if plan.reason and self.args.layout in ("group", "packed"):
+            raise argument_error("layout", f"'auto' or 'padded' for {name}: {plan.reason}", repr(self.args.layout))
+        if plan.reason and self.args.layout == "auto":
+            logger.warning("%s: responses do not share their prompt, which costs time: %s", name, plan.reason)
+        return plan
 
     def _check_head(self, model: nn.Module, name: str) -> HeadCheck:
         """The route that the head of `model` takes."""
@@ -164,24 +201,25 @@ class RobustDPOTrainer(Trainer):
         # Quantised models refuse even a move to where they are.
         if next(ref_model.parameters()).device != self.args.device:
             ref_model = ref_model.to(self.args.device)
-        return FrozenModel.of(ref_model, SequenceScorer(self._check_head(ref_model, "ref_model"), self.args.backend))
+        return FrozenModel.of(ref_model, self._make_scorer(ref_model, "ref_model"))
 
     def _precompute(self, ref: Reference) -> None:
         """Add the reference's log-probs to the data sets and release it."""
+        run = Precomputation(
+            reference=ref,
+            policy=self.model,
+            collator=self.data_collator,
+            accelerator=self.accelerator,
+            cache=ReferenceCache(Path(self.args.cache_dir or Path(self.args.output_dir) / "reference_cache")),
+            recipe=self._prepare.recipe,
+            progress=not self.args.disable_tqdm,
+            workers=self.args.dataloader_num_workers,
+        )
 
         def add(dataset: Dataset, name: str, batch_size: int) -> Dataset:
             if has_ref_logps(dataset):
                 return dataset
-            return with_ref_logps(
-                dataset,
-                ref,
-                self.model,
-                collator=self.data_collator,
-                batch_size=self.args.precompute_ref_batch_size or batch_size,
-                accelerator=self.accelerator,
-                progress=not self.args.disable_tqdm,
-                name=name,
-            )
+            return run(dataset, batch_size=self.args.precompute_ref_batch_size or batch_size, name=name)
 
         if self.train_dataset is not None:
             self.train_dataset = add(self.train_dataset, "the training data", self.args.train_batch_size)
@@ -209,6 +247,7 @@ class RobustDPOTrainer(Trainer):
             model: the policy, wrapped as it is trained.
             batch: what the collator gives, on the model's device.
         """
+        batch = self._scorer.laid_out(batch)
         with self.accelerator.autocast():
             objective: dict[str, Any] = {
                 "ref_logps": self._ref_logps(model, batch),
@@ -219,8 +258,7 @@ class RobustDPOTrainer(Trainer):
                 "scores": batch.get("scores"),
             }
             if self._scorer.fused:
-                head = self._scorer.head_arguments(model, batch)
-                return ops.linear_preference_loss(targets=shifted_targets(batch), **head, **objective)
+                return ops.linear_preference_loss(**self._scorer.head_arguments(model, batch), **objective)
             logps = self._scorer.logps(model, batch)
             return ops.preference_loss(logps, lengths=response_lengths(batch), **objective)
 
@@ -242,14 +280,23 @@ class RobustDPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a micro-batch, and with `return_outputs` the PreferenceOutput it is part of."""
+        inputs = self._scorer.laid_out(inputs)
         output = self.preference_output(model, inputs)
         if model.training:
-            metrics = group_metrics(_groups(output, inputs), self._reward_beta)
+            metrics = group_metrics(seen_groups(output, inputs), self._reward_beta)
             self._means.add(dict(zip(GROUP_METRICS, metrics.unbind(1), strict=True)))
-            self._means.add(robust_metrics(output.weights, output.ess, self._lambda(output)))
+            loss = output.loss.detach()
+            # What is not finite counts as unknown.
+            known = {"loss": loss.where(loss.isfinite(), float("nan"))}
+            self._means.add(known | robust_metrics(output.weights, output.ess, self._lambda(output)))
             self._guard.watch(output.loss, output.group_losses, inputs["ids"])
             self._last_weights = output.weights, inputs["ids"]
         return (output.loss, output) if return_outputs else output.loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers; a loss that is not finite counts as 0 in its sum, and no read finds that out."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        return loss.nan_to_num(0.0, 0.0, 0.0)
 
     def worst_groups(self, count: int = 10) -> list[tuple[str, float]]:
         """Ids and weights of the groups with the largest robust weight in the last micro-batch, largest first."""
@@ -267,12 +314,12 @@ class RobustDPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, None]:
         """Loss, and per group: its loss, its calibration, GROUP_METRICS and LOGP_ACCURACIES, [G, 10] `widest_float`."""
-        batch = self._prepare_inputs(inputs)
+        batch = self._scorer.laid_out(self._prepare_inputs(inputs))
         with torch.no_grad():
             output = self.preference_output(model, batch)
         calibration = batch["calibration"] if self.args.calibrated else torch.ones_like(output.group_losses)
         own = torch.stack([output.group_losses, calibration], dim=1)
-        groups = _groups(output, batch)
+        groups = seen_groups(output, batch)
         columns = [own, group_metrics(groups, self._reward_beta), logp_accuracies(groups)]
         table = torch.cat(columns, dim=1)
         return output.loss.detach(), table.to(widest_float(table.device)), None
@@ -301,6 +348,7 @@ class RobustDPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; logs of training get the metrics gathered since the last one."""
         if "loss" in logs:
+            self._guard.report()
             logs = {**logs, **self._means.pop(self.accelerator)}
             if self.args.on_nonfinite == "skip":
                 logs["robust/skipped_steps"] = self._guard.skipped_steps
@@ -309,26 +357,16 @@ class RobustDPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._guard.report()
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save and self._reference_fingerprint is not None:
-            checkpoint.save_reference(folder, self._reference_fingerprint)
+        if self.args.should_save and self._reference_weights is not None:
+            checkpoint.save_reference(folder, self._reference_weights)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._reference_fingerprint is not None:
-            checkpoint.check_reference(Path(resume_from_checkpoint), self._reference_fingerprint)
+        if self._reference_weights is not None:
+            checkpoint.check_reference(Path(resume_from_checkpoint), self._reference_weights)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def _groups(output: PreferenceOutput, batch: Batch) -> Groups:
-    """What the metrics see of a batch: the responses of each group with their detached log-probs."""
-    layout = GroupLayout.build(len(output.logps), 1, batch["group_sizes"], output.logps.device)
-    optional = {
-        name: None if values is None else layout.pad(values)
-        for name, values in (("ref_logps", output.ref_logps), ("scores", batch.get("scores")))
-    }
-    lengths = layout.pad(response_lengths(batch).to(output.logps.dtype), fill=1.0)
-    return Groups(layout.pad(output.logps), lengths, layout.mask, **optional)
 
 
 def _values(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset | None]:

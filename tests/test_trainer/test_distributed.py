@@ -87,6 +87,8 @@ def test_two_ranks_are_one_batch_of_twice_the_size(
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/rejected", "eval_robust/ess"):
         assert result["metrics"][name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    cached = [*(tmp_path / "run").glob("reference_cache/*")]
+    assert [path.suffix for path in cached] == ([".arrow", ".arrow"] if precompute else []), "rank 0 wrote, once"
     end = load_file(tmp_path / "end" / "model.safetensors")
     for name, value in one.model.state_dict().items():
         torch.testing.assert_close(end[name], value, rtol=1e-4, atol=1e-5)

@@ -279,8 +279,8 @@ def test_nonfinite_loss_stops_before_the_step_and_names_the_group(
     with pytest.raises(NonFiniteLossError, match=r"the loss of optimizer step 2 is not finite.*row-5") as caught:
         trainer.train()
     assert caught.value.group_ids == ["row-5"]
-    healthy = {name: value.nan_to_num() for name, value in spoil.before.items()}
-    assert_identical({name: value.nan_to_num() for name, value in weights(trainer.model).items()}, healthy)
+    before, after = ({name: v.nan_to_num() for name, v in state.items()} for state in (spoil.before, spoil.after))
+    assert_identical(after, before)
 
 
 def test_nonfinite_steps_are_skipped_and_counted(
@@ -332,7 +332,11 @@ def test_bad_arguments(
 
 def test_length_statistics_are_printed_once(make_trainer: Callable[..., Any], capsys: pytest.CaptureFixture) -> None:
     make_trainer(disable_tqdm=False)
-    assert capsys.readouterr().out.count("12 groups, 24 responses") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("12 groups, 24 responses") == 1
+    assert "layout 'group': expected 1." in printed
+    make_trainer(disable_tqdm=False, layout="padded")
+    assert "expected" not in capsys.readouterr().out
     make_trainer(disable_tqdm=True)
     assert "groups" not in capsys.readouterr().out
 

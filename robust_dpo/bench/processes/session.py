@@ -11,7 +11,14 @@ from rich.console import Console
 
 from robust_dpo.bench.implementation import Implementation
 from robust_dpo.bench.problem import Problem, Shape, make_problem, shape_dict
-from robust_dpo.bench.processes.workers import FLOOR, Worker, WorkerError
+from robust_dpo.bench.processes.workers import (
+    FLOOR,
+    Worker,
+    WorkerError,
+    measure_memory,
+    time_floor,
+    time_implementation,
+)
 from robust_dpo.bench.record import Record, Role, Row
 from robust_dpo.bench.solution import describe, solve
 
@@ -32,7 +39,7 @@ def _prepare(shape: Shape, dtype: torch.dtype, seed: int, folder: Path) -> tuple
 
 
 def _memory(row: Row, threads: int, problem_path: Path) -> None:
-    worker = Worker("memory", threads, row.name, problem_path)
+    worker = Worker(measure_memory, threads, row.name, problem_path)
     answer = worker.receive()
     worker.stop()
     if answer is not None:
@@ -41,7 +48,7 @@ def _memory(row: Row, threads: int, problem_path: Path) -> None:
 
 def _open_timer(row: Row, threads: int, problem_path: Path, solution_path: Path) -> Worker:
     """A living worker whose errors have been measured; the errors go into the row."""
-    worker = Worker("time", threads, row.name, problem_path, solution_path)
+    worker = Worker(time_implementation, threads, row.name, problem_path, solution_path)
     answer = worker.receive()
     row.first_seconds, row.errors = answer["first_seconds"], answer["errors"]
     return worker
@@ -77,7 +84,7 @@ def measure(
     timers: dict[str, Worker] = {}
     try:
         with console.status(f"{label}: fastest matrix products"):
-            timers[FLOOR] = Worker("floor", threads, problem_path)
+            timers[FLOOR] = Worker(time_floor, threads, problem_path)
             products = timers[FLOOR].receive()
         for each in implementations:
             row = rows[each.name]

@@ -24,6 +24,7 @@ from robust_dpo.bench.timing import Run, Stopwatch
 
 FLOOR = "gemms"
 CPU = torch.device("cpu")
+Task = Callable[..., None]
 _TINY = Shape(vocab=768, width=64, sequences=4, tokens=32)
 
 
@@ -31,7 +32,7 @@ class WorkerError(RuntimeError):
     """A worker process died; its own traceback is on stderr."""
 
 
-def _time_floor(connection: Connection, problem_path: Path) -> None:
+def time_floor(connection: Connection, problem_path: Path) -> None:
     floor, stopwatch = Floor(Problem.load(problem_path, mmap=True)), Stopwatch(CPU)
     tried = floor.search(stopwatch)
     choices = {"tried": tried, "chosen": floor.choices.values()}
@@ -40,7 +41,7 @@ def _time_floor(connection: Connection, problem_path: Path) -> None:
         connection.send(stopwatch.seconds(Run(floor.step)))
 
 
-def _time_implementation(connection: Connection, name: str, problem_path: Path, solution_path: Path) -> None:
+def time_implementation(connection: Connection, name: str, problem_path: Path, solution_path: Path) -> None:
     bound = Bound.to(IMPLEMENTATIONS[name], Problem.load(problem_path, mmap=True))
     start = time.perf_counter()
     loss = bound.step()
@@ -57,7 +58,7 @@ def _time_implementation(connection: Connection, name: str, problem_path: Path, 
         connection.send(stopwatch.seconds(Run(bound.step, prepare, bound.clear)))
 
 
-def _measure_memory(connection: Connection, name: str, problem_path: Path) -> None:
+def measure_memory(connection: Connection, name: str, problem_path: Path) -> None:
     """Peak above inputs: dhidden and dweight count, inputs, libraries and thread pools do not.
 
     The baseline is taken after a run of a tiny problem, so that anything an implementation keeps between calls counts.
@@ -74,23 +75,22 @@ def _measure_memory(connection: Connection, name: str, problem_path: Path) -> No
     connection.send(extra_bytes(bound.step, CPU))
 
 
-_TASKS: dict[str, Callable[..., None]] = {
-    "floor": _time_floor,
-    "time": _time_implementation,
-    "memory": _measure_memory,
-}
-
-
-def _enter(task: str, connection: Connection, threads: int, arguments: tuple[Any, ...]) -> None:
+def _enter(task: Task, connection: Connection, threads: int, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    _TASKS[task](connection, *arguments)
+    task(connection, *arguments)
 
 
 class Worker:
-    """A process that answers one question at a time."""
+    """A process that answers one question at a time.
 
-    def __init__(self, task: str, threads: int, *arguments: Any) -> None:
+    Args:
+        task: what it runs, a function of a module, called with its end of the connection and the arguments.
+        threads: of torch.
+        arguments: have to be picklable.
+    """
+
+    def __init__(self, task: Task, threads: int, *arguments: Any) -> None:
         # Read by libgomp and by inductor when they start, which is before any code of ours runs in the child;
         # one compile thread: inductor's pool of helper processes would outlive the measurement.
         os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), TORCHINDUCTOR_COMPILE_THREADS="1")
