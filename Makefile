@@ -1,12 +1,15 @@
 # make demo     the whole pipeline on a fresh machine: venv, install, then SFT, calibration, DPO against calibrated DPO
 # make test     venv, install with [dev], the whole test suite, in a process for each core
 # make kernels  compile every Triton kernel in every form for every chip; no GPU is needed
+# make other-torch  a venv with another torch, for the test that one wheel serves both (gigabytes)
 # make bench    benchmarks against peers
 # make lint     ruff and mypy
 #
 # The wheel of torch that is installed first; override it to pick another build: make demo TORCH="torch==2.13.0+cpu"
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
+# Another version of torch, for `make other-torch`.
+OTHER_TORCH ?= torch==2.14.1
 
 # Arguments of the demo: DATA=path or hub name, MODEL=path or hub name, ARGS=anything else, such as --quick.
 DATA ?=
@@ -18,7 +21,7 @@ VENV := .venv
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 PACKAGE := $(shell find robust_dpo/ kernels/ -type f -not -name '*.pyc' -not -name '*.so' -not -name '_build.json')
 
-.PHONY: demo test kernels bench lint clean
+.PHONY: demo test kernels other-torch bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -29,6 +32,11 @@ test: $(VENV)/dev
 
 kernels: $(VENV)/dev
 	$(VENV)/bin/python benchmarks/kernel_report.py
+
+other-torch:
+	$(PYTHON) -m venv $(VENV)-other
+	$(VENV)-other/bin/python -m pip install --quiet "$(OTHER_TORCH)" numpy
+	echo "$(CURDIR)/$(VENV)-other/bin/python" > $(VENV)-other/python
 
 bench: $(VENV)/bench
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
