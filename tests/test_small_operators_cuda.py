@@ -98,7 +98,7 @@ def test_rescale_refuses(total: torch.Tensor, factor: torch.Tensor, message: str
 
 
 def test_a_graph_is_looked_for_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where another GPU is current, that one's stream would be asked, and a replay would count on from the last one's end.
+    # Another GPU may be current, whose stream says nothing about this one's.
     current = [torch.device("cuda", 0)]
 
     @contextmanager
