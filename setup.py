@@ -9,20 +9,25 @@ ROBUST_DPO_BUILD chooses what is built:
     cpu    the CPU extension alone, or fail
     cuda   both, or fail
     none   no native code; everything runs on the torch and triton backends
-CUDA_HOME names the toolkit; without it nvcc is looked for on the PATH and in /usr/local/cuda*.
+CUDA_HOME names the toolkit; without it nvcc is looked for on the PATH and in /usr/local/cuda*, and the first toolkit is
+taken that is complete and new enough.
 ROBUST_DPO_CUDA_ARCHS chooses the chips, such as "80;90": by default those of 80, 90, 100 and 120 that nvcc knows. Code
-for the newest of them is added in a form (PTX) that the driver compiles for chips that are newer still.
+for the newest of them is added in a form (PTX) that the driver compiles for chips that are newer still, so "9.0+PTX"
+means the same as "90".
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +38,7 @@ from typing import Any
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CompileError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 from setuptools.modified import newer_group
 
 MODES = ("auto", "cpu", "cuda", "none")
@@ -70,6 +75,14 @@ ISAS = {
 
 CUDA_SOURCES = ["csrc/cuda_bindings.cpp", "csrc/row_logprob_cuda.cpp"]
 DEFAULT_CUDA_ARCHS = ("80", "90", "100", "120")
+OLDEST_NVCC = (12, 0)
+# Where the toolkits of NVIDIA, of conda (targets) and of Debian (home /usr, multiarch) keep headers and libraries.
+CUDA_TARGETS = {"x86_64": ("x86_64-linux",), "aarch64": ("sbsa-linux", "aarch64-linux")}.get(platform.machine(), ())
+CUDA_INCLUDES = ("include", *(f"targets/{target}/include" for target in CUDA_TARGETS))
+CUDA_LIBRARIES = (
+    *("lib64", "lib", f"lib/{sysconfig.get_config_var('MULTIARCH')}"),
+    *(f"targets/{target}/lib" for target in CUDA_TARGETS),
+)
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
 
 
@@ -108,12 +121,14 @@ class Toolkit:
         nvcc: the compiler.
         include: folder of cuda_runtime.h.
         libraries: folder of libcudart_static.a.
+        version: of the compiler, such as "13.0.88".
         archs: compute capabilities that the compiler knows, such as "90".
     """
 
     nvcc: Path
     include: Path
     libraries: Path
+    version: str
     archs: tuple[str, ...]
 
 
@@ -121,22 +136,76 @@ def find_toolkit() -> Toolkit:
     """The toolkit to build with.
 
     Raises:
-        CompileError: there is none, or the one that CUDA_HOME names is incomplete.
+        CompileError: there is none, or none that can be used; says what is wrong with each.
     """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    wrong = []
+    for home in [Path(named)] if named else toolkit_homes():
+        try:
+            return toolkit_in(home)
+        except CompileError as error:
+            wrong.append(f"CUDA_HOME={named}: {error}" if named else str(error))
+    nothing = "no CUDA toolkit (nvcc) was found through CUDA_HOME, on the PATH or in /usr/local/cuda*"
+    raise CompileError("; ".join(wrong) or nothing)
+
+
+def toolkit_homes() -> list[Path]:
+    """Folders of toolkits, those to be preferred first."""
     on_path = shutil.which("nvcc")
-    found = [Path(on_path).resolve().parents[1]] if on_path else []
+    # A link may lead from a toolkit to another folder, or from another folder to a toolkit.
+    found = [nvcc.parents[1] for nvcc in (Path(on_path), Path(on_path).resolve())] if on_path else []
     newest_first = sorted(Path("/usr/local").glob("cuda-*"), key=version_of, reverse=True)
-    for home in [Path(named)] if named else [*found, Path("/usr/local/cuda"), *newest_first]:
-        nvcc, include = home / "bin" / "nvcc", home / "include"
-        libraries = [home / folder for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")]
-        library = next((folder for folder in libraries if (folder / "libcudart_static.a").exists()), None)
-        if nvcc.exists() and (include / "cuda_runtime.h").exists() and library is not None:
-            known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-            return Toolkit(nvcc, include, library, tuple(re.findall(r"compute_(\d+)", known)))
-    if named:
-        raise CompileError(f"CUDA_HOME={named} holds no nvcc, cuda_runtime.h and libcudart_static.a")
-    raise CompileError("no CUDA toolkit (nvcc) was found through CUDA_HOME, on the PATH or in /usr/local/cuda*")
+    homes = dict.fromkeys([*found, Path("/usr/local/cuda"), *newest_first])
+    return [home for home in homes if (home / "bin" / "nvcc").exists()]
+
+
+def toolkit_in(home: Path) -> Toolkit:
+    """The toolkit of a folder.
+
+    Raises:
+        CompileError: something is missing, or the compiler cannot be run or is too old.
+    """
+    nvcc = home / "bin" / "nvcc"
+    include = folder_with(home, CUDA_INCLUDES, "cuda_runtime.h")
+    libraries = folder_with(home, CUDA_LIBRARIES, "libcudart_static.a")
+    if include is None or libraries is None or not nvcc.exists():
+        parts = {"nvcc": nvcc.exists(), "cuda_runtime.h": include, "libcudart_static.a": libraries}
+        raise CompileError(f"{home} holds {' and '.join(f'no {part}' for part, there in parts.items() if not there)}")
+    version = re.search(r"release [\d.]+, V([\d.]+)", run_nvcc(nvcc, "--version"))
+    if version is None:
+        raise CompileError(f"{nvcc} --version names no release")
+    if tuple(map(int, version[1].split(".")[:2])) < OLDEST_NVCC:
+        raise CompileError(
+            f"{nvcc} is of CUDA {version[1]}, {'.'.join(map(str, OLDEST_NVCC))} is the oldest that will do"
+        )
+    archs = re.findall(r"compute_(\d+)", run_nvcc(nvcc, "--list-gpu-arch"))
+    return Toolkit(nvcc, include, libraries, version[1], tuple(archs))
+
+
+def folder_with(home: Path, folders: Sequence[str], file: str) -> Path | None:
+    return next((home / folder for folder in folders if (home / folder / file).exists()), None)
+
+
+def run_nvcc(nvcc: Path, *arguments: str) -> str:
+    """What the compiler prints.
+
+    Raises:
+        CompileError: it cannot be run, or it fails; the message ends with what it said.
+    """
+    try:
+        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    except OSError as error:
+        raise CompileError(f"{nvcc} cannot be run: {error}") from error
+    if done.returncode != 0:
+        said = (done.stderr + done.stdout).strip()[-2000:]
+        raise CompileError(f"{nvcc} fails with status {done.returncode}: {said}")
+    return done.stdout
+
+
+def host_compiler() -> str | None:
+    """The C++ compiler of CXX, which may stand behind a launcher and before flags, such as "ccache g++ -pthread"."""
+    words = itertools.takewhile(lambda word: not word.startswith("-"), shlex.split(os.environ.get("CXX", "")))
+    return next(iter([*words][::-1]), None)
 
 
 def version_of(folder: Path) -> tuple[int, ...]:
@@ -145,10 +214,11 @@ def version_of(folder: Path) -> tuple[int, ...]:
 
 def wanted_archs() -> tuple[str, ...] | None:
     """What ROBUST_DPO_CUDA_ARCHS asks for, None where it is not set."""
-    text = os.environ.get("ROBUST_DPO_CUDA_ARCHS", "").strip()
-    if not text:
+    text = os.environ.get("ROBUST_DPO_CUDA_ARCHS", "")
+    names = [name for name in re.split(r"[;,\s]+", text) if name]
+    if not names:
         return None
-    archs = tuple(name.removeprefix("sm_").replace(".", "") for name in re.split(r"[;,\s]+", text))
+    archs = [name.removeprefix("sm_").removesuffix("+PTX").replace(".", "") for name in names]
     if not all(name.isdecimal() and int(name) >= 80 for name in archs):
         raise BaseError(f'ROBUST_DPO_CUDA_ARCHS: expected numbers from 80 on, such as "80;90", got {text!r}')
     return tuple(sorted(set(archs), key=int))
@@ -172,18 +242,21 @@ class BuildNative(build_ext):
     """Compiles what needs flags or a compiler of its own, and writes down what became of each extension."""
 
     def run(self) -> None:
+        if not os.environ.get("CXX", "c++").strip():
+            del os.environ["CXX"]  # no compiler has an empty name; setuptools would take it for one
         self.report = {"cpu": "left out by ROBUST_DPO_BUILD", "cuda": "left out by ROBUST_DPO_BUILD"}
         if sys.platform != "linux":
             self.report["cuda"] = "the CUDA kernels are built on Linux only"
-        folders = [Path(self.build_lib, "robust_dpo")]
-        if self.editable_mode or self.inplace:
-            folders.append(Path("robust_dpo"))
+        roots = [Path(self.build_lib), *([Path()] if self.editable_mode or self.inplace else [])]
+        # What an earlier build left there may be for other chips, or of an extension that is now left out or fails.
+        for root, name in itertools.product(roots, (CPU_EXTENSION, CUDA_EXTENSION)):
+            (root / self.get_ext_filename(name)).unlink(missing_ok=True)
         try:
             if any(ext.name == CUDA_EXTENSION and not ext.optional for ext in self.extensions):
                 find_toolkit()  # fails before the minutes that the CPU extension takes
             super().run()
         finally:
-            for folder in folders:
+            for folder in (root / "robust_dpo" for root in roots):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / BUILD_REPORT).write_text(json.dumps(self.report) + "\n", encoding="utf-8")
 
@@ -191,9 +264,10 @@ class BuildNative(build_ext):
         name = ext.name.rpartition("._")[2]
         build = {"cpu": self.compile_cpu, "cuda": self.compile_cuda}[name]
         try:
-            self.report[name] = f"built{build(ext)}"
+            details = build(ext)
             super().build_extension(ext)
-        except (BaseError, CompileError) as error:
+            self.report[name] = f"built{details}"
+        except (BaseError, CCompilerError) as error:  # the second: of compiling and of linking
             self.report[name] = f"could not be compiled: {error}"
             raise CompileError(f"{ext.name} could not be compiled: {error}") from error
 
@@ -228,13 +302,13 @@ class BuildNative(build_ext):
         ext.define_macros.append(("ROBUST_DPO_CUDA_ARCHITECTURES", f'"{" ".join(names)}"'))
         ext.include_dirs.append(str(toolkit.include))
         ext.library_dirs.append(str(toolkit.libraries))
-        # Chips are part of the name, so that objects for others are not taken for these.
-        folder = Path(self.build_temp, f"cuda-{'-'.join(archs)}")
+        # Compiler and chips are part of the name, so that objects of others are not taken for these.
+        folder = Path(self.build_temp, f"cuda-{toolkit.version}-{'-'.join(archs)}")
         folder.mkdir(parents=True, exist_ok=True)
         flags = [*NVCC_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
         flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        if "CXX" in os.environ:
-            flags += ["-ccbin", os.environ["CXX"].split()[-1]]
+        if compiler := host_compiler():
+            flags += ["-ccbin", compiler]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             sources = sorted(Path("csrc").glob("*.cu"), key=lambda path: path.stat().st_size)
             objects = pool.map(lambda source: self.nvcc(toolkit, flags, source, folder, ext.depends), sources)
@@ -244,11 +318,11 @@ class BuildNative(build_ext):
     def nvcc(self, toolkit: Toolkit, flags: Sequence[str], source: Path, folder: Path, depends: list[str]) -> Path:
         target = folder / f"{source.stem}.o"
         if self.force or newer_group([str(source), *depends], str(target)):
-            command = [str(toolkit.nvcc), *flags, "-c", str(source), "-o", str(target)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                target.unlink(missing_ok=True)
-                raise CompileError(f"{source}: {(done.stderr + done.stdout).strip()[-2000:]}")
+            target.unlink(missing_ok=True)  # neither a failure nor an interrupt may leave one that looks up to date
+            try:
+                run_nvcc(toolkit.nvcc, *flags, "-c", str(source), "-o", str(target))
+            except CompileError as error:
+                raise CompileError(f"{source}: {error}") from error
         return target
 
     def knows(self, flags: list[str]) -> bool:

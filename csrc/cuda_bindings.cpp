@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda_launch.h"
 #include "group_loss_table.h"
 #include "operators_cuda.h"
 #include "row_logprob_cuda.h"
@@ -112,6 +113,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("ARCHITECTURES") = ROBUST_DPO_CUDA_ARCHITECTURES;
     m.attr("DEVICE_TYPE") = ROBUST_DPO_DEVICE_TYPE;
     m.attr("MAX_WIDTH") = robust_dpo::kMaxWidth;
+    m.def("problem", &robust_dpo::cuda_problem, "Why kernels cannot be launched here; empty where they can.");
     m.def("group_losses", &robust_dpo::group_losses, "(name, options) of the losses of group_epilogue; the code of one is its place.");
     m.def("row_logprob", &robust_dpo::row_logprob, "See csrc/row_logprob_cuda.h; addresses as integers, 0 for none.",
           py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("threads"), py::arg("segments"), py::arg("cluster"),

@@ -38,6 +38,21 @@ inline void check_cuda(cudaError_t status, const std::string& what) {
     throw std::runtime_error(what + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
 }
 
+// Why kernels cannot be launched, with the versions of driver and runtime; empty where they can. PyTorch's copy of the runtime
+// may be older than the one that is linked here, and content with a driver that this one is not.
+inline std::string cuda_problem() {
+    int devices = 0;
+    const cudaError_t found = cudaGetDeviceCount(&devices);
+    if (found == cudaSuccess) return "";
+    cudaGetLastError();  // as in check_cuda
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);  // 0 where there is none
+    cudaRuntimeGetVersion(&runtime);
+    const auto text = [](int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); };
+    return std::string(cudaGetErrorName(found)) + ", " + cudaGetErrorString(found) + " (CUDA of the driver " + text(driver) +
+           ", of the extension " + text(runtime) + ")";
+}
+
 // Makes a device current for a scope. PyTorch has its own copy of the runtime; both follow the context that is current in
 // the driver, so the one that was found is put back.
 class DeviceScope {

@@ -6,6 +6,8 @@ namespace robust_dpo {
 namespace {
 
 constexpr int kThreads = 256;
+// Vectors of a thread that are loaded before the first is stored: a load may not pass a store to what may be its address.
+constexpr int kVectors = 4;
 
 template <class T>
 struct alignas(kVectorBytes) Numbers {
@@ -23,12 +25,20 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(T* const total, const
     const int64_t head = to_boundary < count ? to_boundary : count;
     auto* const body = reinterpret_cast<Numbers<T>*>(total + head);
     const int64_t vectors = (count - head) / kCount;
-#pragma unroll 4
-    for (int64_t i = thread; i < vectors; i += threads) {
-        Numbers<T> x = body[i];
+#pragma unroll 1  // otherwise a division counts the turns
+    for (int64_t first = thread; first < vectors; first += kVectors * threads) {
+        Numbers<T> x[kVectors];
 #pragma unroll
-        for (int64_t k = 0; k < kCount; ++k) x.values[k] *= by;
-        body[i] = x;
+        for (int64_t j = 0; j < kVectors; ++j)
+            if (const int64_t i = first + j * threads; i < vectors) x[j] = body[i];
+#pragma unroll
+        for (int64_t j = 0; j < kVectors; ++j) {
+            const int64_t i = first + j * threads;
+            if (i >= vectors) break;
+#pragma unroll
+            for (int64_t k = 0; k < kCount; ++k) x[j].values[k] *= by;
+            body[i] = x[j];
+        }
     }
     // Fewer than a vector before and behind the whole ones.
     if (thread < head) total[thread] *= by;
@@ -41,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(T* const total, const
 void rescale_cuda(const CudaTarget& target, void* total, bool total_is_double, int64_t count, const void* factor,
                   bool factor_is_double, int blocks) {
     const auto run = [&](auto* numbers, const auto* by) {
-        const int64_t bytes_of_block = 4 * kVectorBytes * kThreads;
+        const int64_t bytes_of_block = kVectors * kVectorBytes * kThreads;
         const int64_t wanted = (count * static_cast<int64_t>(sizeof(*numbers)) + bytes_of_block - 1) / bytes_of_block;
         const CudaGrid grid{wanted < blocks ? wanted : blocks, kThreads, 1, 0};
         using T = std::remove_pointer_t<decltype(numbers)>;

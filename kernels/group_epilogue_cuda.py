@@ -81,10 +81,15 @@ def group_epilogue(
 
 def _counter(device: torch.device, stream: int) -> Tensor:
     """[1] int32, blocks of the launch that are done; zero between launches."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and _captures(device):
         # A graph may be replayed beside anything else, so it has its own, which its every replay sets to zero.
         return torch.zeros(1, dtype=torch.int32, device=device)
     return _counter_of_stream(device, stream)
+
+
+def _captures(device: torch.device) -> bool:
+    with torch.cuda.device(device):  # the question is about the current device
+        return torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

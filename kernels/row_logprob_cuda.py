@@ -92,7 +92,7 @@ def row_logprob(
 
 
 def _plan(logits: Tensor, grad_out: Tensor | None, *, is_known: bool) -> RowPlan:
-    (rows, vocab), chip = logits.shape, chip_of(logits.device)
+    (rows, vocab), chip = logits.shape, chip_of(logits.device, _cuda.ARCHITECTURES)
     narrowed = grad_out is not None and grad_out.itemsize < logits.itemsize
     if is_known:
         return plan_gradient(rows, vocab, logits.itemsize, narrowed=narrowed, chip=chip)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from robust_dpo.probes import runs_on
+
 # Of shared memory that a block has beside its part of a row: 1 KB that the system takes, and the sums of its warps.
 RESERVED_BYTES = 2048
 # Two blocks of 512 threads share a multiprocessor, so that one loads while the other computes and stores.
@@ -17,6 +19,7 @@ VECTOR_BYTES = 16
 LOADS_IN_FLIGHT = 4  # of a thread, see csrc/row_logprob_kernel.cuh
 # That every chip with clusters can hold.
 MAX_CLUSTER = 8
+FIRST_WITH_CLUSTERS = 90  # compute capability 9.0
 # Shorter parts of a row are not worth the exchange of their sums: 16 KB take a block less than a microsecond.
 SEGMENT_BYTES = 16 << 10
 MAX_SEGMENTS = 64
@@ -30,7 +33,7 @@ class Chip:
         multiprocessors: number of them.
         shared_bytes: shared memory of a multiprocessor.
         shared_bytes_of_block: the most that a block may have of it.
-        clusters: whether blocks can read each other's shared memory (sm_90 and later).
+        clusters: whether blocks can read each other's shared memory, see `has_clusters`.
     """
 
     multiprocessors: int
@@ -115,9 +118,29 @@ def _threads(row_bytes: int, segments: int) -> int:
     return threads
 
 
+def has_clusters(architectures: str, capability: int) -> bool:
+    """Whether blocks can share a row through a cluster: the GPU has them, and so has the code that runs on it.
+
+    What the driver compiles for sm_90 from code for sm_80 takes part in no exchange.
+
+    Args:
+        architectures: that the extension was built for, such as "sm_80 compute_80".
+        capability: of the GPU, such as 90.
+    """
+    return any(
+        int(name.partition("_")[2]) >= FIRST_WITH_CLUSTERS and runs_on(name, capability)
+        for name in architectures.split()
+    )
+
+
 @functools.cache
-def chip_of(device: torch.device) -> Chip:
-    """The GPU of that index; a small one without clusters where the extension is compiled for the CPU."""
+def chip_of(device: torch.device, architectures: str) -> Chip:
+    """The GPU of that index; a small one without clusters where the extension is compiled for the CPU.
+
+    Args:
+        device: of the tile.
+        architectures: as in `has_clusters`.
+    """
     if device.type != "cuda":
         return Chip(multiprocessors=1, shared_bytes=64 << 10, shared_bytes_of_block=48 << 10, clusters=False)
     properties: Any = torch.cuda.get_device_properties(device)  # the stub of its class has not all of them
@@ -125,5 +148,5 @@ def chip_of(device: torch.device) -> Chip:
         properties.multi_processor_count,
         properties.shared_memory_per_multiprocessor,
         properties.shared_memory_per_block_optin,
-        clusters=properties.major >= 9,
+        clusters=has_clusters(architectures, 10 * properties.major + properties.minor),
     )

@@ -2,6 +2,7 @@ ARCHITECTURES: str
 DEVICE_TYPE: str
 MAX_WIDTH: int
 
+def problem() -> str: ...
 def group_losses() -> list[tuple[str, list[str]]]: ...
 def row_logprob(
     *,

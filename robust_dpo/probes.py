@@ -115,14 +115,18 @@ def probe_cuda() -> BackendStatus:
     if importlib.util.find_spec("robust_dpo._cuda") is None:
         return BackendStatus("cuda", False, False, _why_not_built("cuda"))
     try:
-        chips = str(importlib.import_module("robust_dpo._cuda").ARCHITECTURES)
+        extension = importlib.import_module("robust_dpo._cuda")
     except ImportError as error:
         return BackendStatus("cuda", True, False, str(error))
+    chips = str(extension.ARCHITECTURES)
     if not torch.cuda.is_available() or torch.version.hip is not None:
         why = f"no NVIDIA GPU that this torch ({torch.__version__}) can use; built for {chips}"
         return BackendStatus("cuda", True, False, why)
     properties = torch.cuda.get_device_properties(0)
     capability = 10 * properties.major + properties.minor
+    problem = str(extension.problem())
+    if problem:
+        return BackendStatus("cuda", True, False, problem)
     if not any(runs_on(chip, capability) for chip in chips.split()):
         return BackendStatus("cuda", True, False, f"built for {chips}, {properties.name} is sm_{capability}")
     return BackendStatus("cuda", True, True, f"{chips} on {properties.name}")

@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from setup_module import load_setup
 
 from robust_dpo.kernels.cuda_assembly import KernelReport, find_cuobjdump, read_kernel, reports_of
 from robust_dpo.probes import BUILD_REPORT
-
-ROOT = Path(__file__).resolve().parents[1]
-CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +37,11 @@ def reports(extension: Path) -> list[KernelReport]:
 
 def nvcc() -> Path | None:
     """The compiler that setup.py finds."""
-    finds = "import setup; print(setup.find_toolkit().nvcc)"
-    done = subprocess.run(
-        [sys.executable, "-c", finds, "--version"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return Path(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
+    build = load_setup()
+    try:
+        return Path(build.find_toolkit().nvcc)
+    except build.CompileError:
+        return None
 
 
 def architectures() -> tuple[str, ...]:
@@ -54,7 +52,7 @@ def architectures() -> tuple[str, ...]:
 
 def test_every_chip_has_every_kernel(extension: Path, reports: list[KernelReport]) -> None:
     chips = [name for name in architectures() if name.startswith("sm_")]
-    assert {report.chip for report in reports} == set(chips) and set(chips) <= set(CHIPS)
+    assert chips and {report.chip for report in reports} == set(chips)
     for chip in chips:
         names = [report.kernel for report in reports if report.chip == chip]
         assert len(names) == len(set(names))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +97,33 @@ def test_cuda_says_why_it_cannot_run() -> None:
 )  # fmt: skip
 def test_machine_code_runs_within_a_generation_and_ptx_on_later_ones(chip: str, capability: int, runs: bool) -> None:
     assert probes.runs_on(chip, capability) is runs
+
+
+@pytest.mark.parametrize(
+    "problem", ["", "cudaErrorInsufficientDriver, too old (CUDA of the driver 12.2, of the extension 13.0)"]
+)
+def test_cuda_needs_a_driver_for_its_own_runtime(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = SimpleNamespace(ARCHITECTURES="sm_90 compute_90", problem=lambda: problem)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib, "import_module", lambda _: extension)
+    # PyTorch, with an older runtime of its own, is content with the driver.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    properties = SimpleNamespace(major=9, minor=0, name="a chip")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    status = probes.probe_cuda()
+    assert status.built and status.usable is not bool(problem)
+    assert status.detail == (problem or "sm_90 compute_90 on a chip")
+
+
+def test_the_runtime_of_the_extension_says_what_is_wrong() -> None:
+    cuda = pytest.importorskip("robust_dpo._cuda")
+    if torch.cuda.is_available():
+        assert backends()["cuda"].usable is (cuda.problem() == "")
+    else:
+        assert re.fullmatch(
+            r"cudaError\w+, .+ \(CUDA of the driver \d+\.\d, of the extension 1[2-9]\.\d\)", cuda.problem()
+        )
 
 
 def test_interpreter_is_never_chosen_by_auto() -> None:

@@ -5,8 +5,10 @@ On a GPU where the extension runs on one; otherwise the same kernels are compile
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ from robust_dpo.kernels.row_plan_cuda import (
     SEGMENT_BYTES,
     Chip,
     RowPlan,
+    chip_of,
+    has_clusters,
     plan_gradient,
     plan_rows,
 )
@@ -33,6 +37,34 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 A100 = Chip(108, 164 << 10, 163 << 10, clusters=False)
 H100 = Chip(132, 228 << 10, 227 << 10, clusters=True)
 RTX_5090 = Chip(170, 100 << 10, 99 << 10, clusters=True)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "clusters"),
+    [("sm_80 sm_90 compute_90", 90, True), ("sm_80 sm_90 compute_90", 80, False), ("sm_80 compute_80", 80, False),
+     ("sm_80 compute_80", 90, False), ("sm_80 sm_89 compute_89", 120, False), ("sm_80 sm_90 compute_90", 120, True),
+     ("sm_120 compute_120", 120, True)],
+)  # fmt: skip
+def test_clusters_need_code_that_has_them(architectures: str, capability: int, clusters: bool) -> None:
+    # Code for sm_80 that the driver compiles for sm_90 exchanges nothing: rows cut over a cluster would be wrong.
+    assert has_clusters(architectures, capability) is clusters
+
+
+def test_a_chip_is_planned_for_the_code_that_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    h100 = SimpleNamespace(
+        multi_processor_count=132,
+        shared_memory_per_multiprocessor=228 << 10,
+        shared_memory_per_block_optin=227 << 10,
+        major=9,
+        minor=0,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
+    device = torch.device("cuda", 63)  # which no machine has: what is asked is kept
+    assert chip_of(device, "sm_80 sm_90 compute_90") == H100
+    chip = chip_of(device, "sm_80 compute_80")
+    assert chip == dataclasses.replace(H100, clusters=False)
+    for rows in (1, 63, 1000):
+        assert not plan_rows(rows, 128_256, 2, gradient=True, narrowed=False, chip=chip).cluster
 
 
 @pytest.fixture(params=ROW_PLANS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -93,3 +95,20 @@ def test_rescale_by_one_changes_no_bit_and_by_nan_all() -> None:
 def test_rescale_refuses(total: torch.Tensor, factor: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         implementation("rescale").rescale(total, factor)
+
+
+def test_a_graph_is_looked_for_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another GPU may be current, whose stream says nothing about this one's.
+    current = [torch.device("cuda", 0)]
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1].index == 1)
+    captures = implementation("group_epilogue")._captures
+    assert captures(torch.device("cuda", 1)) and not captures(torch.device("cuda", 0))
+    assert len(current) == 1
