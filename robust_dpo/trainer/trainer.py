@@ -123,7 +123,8 @@ class RobustDPOTrainer(Trainer):
         self.objective = args.objective()
         self._reward_beta = args.reward_beta
         self._scorer = self._make_scorer(self.model, "the model")
-        if isinstance(self.data_collator, PreferenceCollator):
+        # A subclass may change a batch, and what is laid out has to be what it gives.
+        if type(self.data_collator) is PreferenceCollator:
             self.data_collator = self.data_collator.for_layout(self._scorer.layout)
         self.reference = self._build_reference(ref_model)
         self._reference_weights = None if self.reference is None else self.reference.identity.weights
