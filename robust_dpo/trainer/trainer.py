@@ -163,7 +163,13 @@ class RobustDPOTrainer(Trainer):
         else:
             attention, row_tokens = self.args.layout_attention, self.args.layout_row_tokens
             with self.accelerator.autocast():
-                plan = plan_layout(model, self.args.layout, attention=attention, row_tokens=row_tokens)
+                plan = plan_layout(
+                    model,
+                    self.args.layout,
+                    attention=attention,
+                    row_tokens=row_tokens,
+                    trains=model is self.model,
+                )
         if plan.reason and self.args.layout in ("group", "packed"):
             raise argument_error("layout", f"'auto' or 'padded' for {name}: {plan.reason}", repr(self.args.layout))
         if plan.reason and self.args.layout == "auto":
