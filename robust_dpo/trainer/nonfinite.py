@@ -12,6 +12,8 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
+from robust_dpo.trainer.metrics import widest_float
+
 logger = logging.getLogger(__name__)
 
 _Losses: TypeAlias = "tuple[Tensor, Tensor, list[str]]"
@@ -83,6 +85,7 @@ class NonFiniteGuard(TrainerCallback):
         self._window: list[_Losses] = []
         self._steps: list[_Step] = []
         self._stopped: Tensor | None = None
+        self._counted: Tensor | None = None
         self.skipped_steps = 0
 
     def watch(self, loss: Tensor, group_losses: Tensor, ids: list[str]) -> None:
@@ -91,15 +94,19 @@ class NonFiniteGuard(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget a training that was stopped."""
-        self._window, self._steps, self._stopped = [], [], None
+        self._window, self._steps, self._stopped, self._counted = [], [], None, None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the step out, on the device where that is possible, if a loss of its window is not finite."""
         window, self._window = self._window, []
         if not window:
             return
-        bad = (~torch.stack([loss for loss, _, _ in window]).isfinite()).any().float()
+        losses = torch.stack([loss for loss, _, _ in window])
+        losses = losses.to(widest_float(losses.device))
+        bad = (~losses.isfinite()).any().float()
         bad = self._accelerator.reduce(bad, reduction="sum").clamp(max=1)
+        counted = torch.stack([losses.mean().where(bad == 0, 0), 1 - bad])
+        self._counted = counted if self._counted is None else self._counted + counted
         step = _Step(state.global_step, bad, window)
         optimizer = _unwrapped(kwargs["optimizer"])
         if self._skips_on_device(optimizer):
@@ -112,6 +119,9 @@ class NonFiniteGuard(TrainerCallback):
         elif bool(bad):
             self._steps.append(step)
             self.report()
+            if self._accelerator.scaler is not None and not args.max_grad_norm:
+                # Clipping would have done so; the scaler takes no step of gradients that it has not looked at.
+                self._accelerator.unscale_gradients(kwargs["optimizer"])
             # Without gradients, rather than with zero ones: momentum and weight decay must not move the weights either.
             optimizer.zero_grad(set_to_none=True)
 
@@ -122,6 +132,16 @@ class NonFiniteGuard(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report what was not logged."""
         self.report()
+
+    def mean_loss(self) -> float:
+        """Mean loss of the training's optimizer steps that were not left out, over all ranks; NaN if there is none.
+
+        One reduction, one read.
+        """
+        if self._counted is None:
+            return float("nan")
+        total, steps = self._accelerator.reduce(self._counted, reduction="sum").tolist()
+        return float(total / steps) if steps else float("nan")
 
     def report(self) -> None:
         """Learn of the steps since the last call, with one read.

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from robust_dpo import ops
 from robust_dpo.data import PreferenceCollator, length_statistics
@@ -123,7 +123,8 @@ class RobustDPOTrainer(Trainer):
         self.objective = args.objective()
         self._reward_beta = args.reward_beta
         self._scorer = self._make_scorer(self.model, "the model")
-        if isinstance(self.data_collator, PreferenceCollator):
+        # A subclass may change a batch, and what is laid out has to be what it gives.
+        if type(self.data_collator) is PreferenceCollator:
             self.data_collator = self.data_collator.for_layout(self._scorer.layout)
         self.reference = self._build_reference(ref_model)
         self._reference_weights = None if self.reference is None else self.reference.identity.weights
@@ -162,7 +163,13 @@ class RobustDPOTrainer(Trainer):
         else:
             attention, row_tokens = self.args.layout_attention, self.args.layout_row_tokens
             with self.accelerator.autocast():
-                plan = plan_layout(model, self.args.layout, attention=attention, row_tokens=row_tokens)
+                plan = plan_layout(
+                    model,
+                    self.args.layout,
+                    attention=attention,
+                    row_tokens=row_tokens,
+                    trains=model is self.model,
+                )
         if plan.reason and self.args.layout in ("group", "packed"):
             raise argument_error("layout", f"'auto' or 'padded' for {name}: {plan.reason}", repr(self.args.layout))
         if plan.reason and self.args.layout == "auto":
@@ -349,12 +356,21 @@ class RobustDPOTrainer(Trainer):
         """As in transformers; logs of training get the metrics gathered since the last one."""
         if "loss" in logs:
             self._guard.report()
-            logs = {**logs, **self._means.pop(self.accelerator)}
+            # transformers counts what is not finite as 0, and RunningMeans knows no mean of nothing.
+            logs = {**logs, "loss": float("nan"), **self._means.pop(self.accelerator)}
             if self.args.on_nonfinite == "skip":
                 logs["robust/skipped_steps"] = self._guard.skipped_steps
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("largest weights of the last micro-batch: %s", self.worst_groups())
+        if "train_loss" in logs:
+            logs = {**logs, "train_loss": self._guard.mean_loss()}
         super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in transformers; the training loss is the mean of the steps that were not left out."""
+        output: TrainOutput = super().train(*args, **kwargs)
+        loss = self._guard.mean_loss()
+        return output._replace(training_loss=loss, metrics={**output.metrics, "train_loss": loss})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.report()
