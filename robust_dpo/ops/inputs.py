@@ -89,7 +89,8 @@ def check_targets(targets: object, leading: torch.Size, seq_lens: object, device
         raise argument_error("seq_lens", "shape [S]", list(lens.shape))
     if lens.device.type == "cpu" and not torch.compiler.is_compiling():
         # Said here where it costs nothing: a missing length would otherwise be taken for a group that is not whole.
-        row_selection.check_lengths(int(lens.amin()) if len(lens) else 0, int(lens.sum()), leading[0])
+        (lengths,) = fetch(lens)
+        row_selection.check_lengths(min(lengths, default=0), sum(lengths), leading[0])
     return lens.shape[0]
 
 

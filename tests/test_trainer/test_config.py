@@ -37,7 +37,7 @@ def build(**options: Any) -> RobustDPOConfig:
         ),
         ({"loss_options": "gamma"}, TypeError, "loss_options: expected a dictionary, got str"),
         ({"backend": "tritn"}, ValueError, "backend: expected one of auto, cpu, cuda, torch, triton, got 'tritn'"),
-        ({"backend": "cuda"}, ValueError, "backend: expected one that runs on cpu, got 'cuda': it is not built here"),
+        ({"backend": "cuda"}, ValueError, "backend: expected one that runs on cpu, got 'cuda': it is not "),
         ({"backend": None}, TypeError, "backend: expected the name of a backend, or 'auto', got NoneType"),
         ({"robust": "cvarr"}, ValueError, "robust: expected one of"),
         ({"robust_options": {"beta": 1.0}}, ValueError, "robust_options: expected none without robust"),
