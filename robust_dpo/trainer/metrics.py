@@ -94,12 +94,12 @@ def _accuracy(groups: Groups, values: Tensor) -> Tensor:
     return _chosen_and_rejected(groups, (chosen[:, None] > values).to(values.dtype))[1]
 
 
-def robust_metrics(weights: Tensor, ess: Tensor, parameter: Tensor | None) -> dict[str, Tensor]:
-    """Effective sample size, largest weight and λ in force, from the weights [G] of one normalisation.
+def robust_metrics(max_weight: Tensor, ess: Tensor, parameter: Tensor | None) -> dict[str, Tensor]:
+    """Largest weight, effective sample size and λ in force, by their names; all [].
 
     `parameter` is None for the mean, whose λ is infinite: JSON has no infinity.
     """
-    metrics = {"robust/ess": ess, "robust/max_weight": weights.amax()}
+    metrics = {"robust/ess": ess, "robust/max_weight": max_weight}
     return metrics if parameter is None else {**metrics, "robust/lambda": parameter}
 
 
