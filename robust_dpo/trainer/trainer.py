@@ -71,6 +71,7 @@ class RobustDPOTrainer(Trainer):
     """
 
     args: RobustDPOConfig
+    data_collator: Any
     train_dataset: Dataset | None
     eval_dataset: Dataset | dict[str, Dataset] | None
 
@@ -326,10 +327,12 @@ class RobustDPOTrainer(Trainer):
         """Metrics and checks of a micro-batch, and at the last one of a step those of the step."""
         output, solution = weighed.output, weighed.solution
         self._guard.watch(weighed.loss, output.group_losses, batch["ids"])
+        metrics = group_metrics(seen_groups(output, batch), self._reward_beta)
         if weighed.counts:
-            metrics = group_metrics(seen_groups(output, batch), self._reward_beta)
-            self._means.add(dict(zip(GROUP_METRICS, metrics.unbind(1), strict=True)))
             self._window_ids += batch["ids"]
+        else:
+            metrics = torch.full_like(metrics, float("nan"))
+        self._means.add(dict(zip(GROUP_METRICS, metrics.unbind(1), strict=True)))
         if solution is not None:
             # What is not finite counts as unknown.
             known = {"loss": solution.value.where(solution.value.isfinite(), float("nan"))}

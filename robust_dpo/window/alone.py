@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.window.weighting import Batch, Forward, MicroBatch, Weighed, WindowSolution
@@ -29,20 +29,22 @@ class Alone:
 
     def run(self, model: nn.Module, batch: Batch, place: int) -> Weighed:
         output = self._forward(model, batch)
+        self._outputs.append(output)
         counts = self._window[place].counts
-        if counts:
-            self._outputs.append(output)
         loss = output.loss * (counts / len(self._window))
-        ends = place == len(self._window) - 1 and len(self._outputs) > 0
-        return Weighed(loss, output, counts, self._solution() if ends else None)
+        return Weighed(loss, output, counts, self._solution() if place == len(self._window) - 1 else None)
 
     def _solution(self) -> WindowSolution:
-        """Means over the micro-batches of this rank; weights of sum 1 over each."""
-        outputs = self._outputs
+        """Means over the micro-batches of this rank, NaN if none counts; weights of sum 1 over each."""
+        outputs = [output for output, micro in zip(self._outputs, self._window, strict=True) if micro.counts]
+
+        def mean(values: list[Tensor]) -> Tensor:
+            return torch.stack(values).mean() if values else self._outputs[0].loss.new_full((), float("nan"))
+
         return WindowSolution(
-            value=torch.stack([output.loss.detach() for output in outputs]).mean(),
-            ess=torch.stack([output.ess for output in outputs]).mean(),
-            max_weight=torch.stack([output.weights.amax() for output in outputs]).mean(),
-            parameter=torch.stack([output.parameter for output in outputs]).mean(),
-            weights=torch.cat([output.weights for output in outputs]),
+            value=mean([output.loss.detach() for output in outputs]),
+            ess=mean([output.ess for output in outputs]),
+            max_weight=mean([output.weights.amax() for output in outputs]),
+            parameter=mean([output.parameter for output in outputs]),
+            weights=torch.cat([self._outputs[0].weights[:0], *(output.weights for output in outputs)]),
         )

@@ -82,7 +82,7 @@ class OnePass:
             ess=1 / (shares.square() * squares).sum(),
             max_weight=(shares * largest).amax(),
             parameter=parameter,
-            weights=torch.cat(weights) if weights else table.new_empty(0),
+            weights=torch.cat([table.new_empty(0), *weights]),
         )
 
     def _shares_that_count(self, shares: Tensor) -> list[Tensor]:

@@ -70,14 +70,13 @@ class TwoPass:
             ess=solution.ess,
             max_weight=solution.weights.amax(),
             parameter=solution.parameter,
-            weights=torch.cat(counted) if counted else weights.new_empty(0),
+            weights=torch.cat([weights.new_empty(0), *counted]),
         )
         return [_with_reference(each.batch, output) for each, output in zip(window, outputs, strict=True)]
 
     def run(self, model: nn.Module, batch: Batch, place: int) -> Weighed:
         assert self._factor is not None
-        coefficients = self._coefficients[place]
-        output = self._forward(model, batch, coefficients.float())
+        output = self._forward(model, batch, self._coefficients[place])
         solution = self._solution if place == len(self._window) - 1 else None
         return Weighed(output.loss * self._factor.to(output.loss), output, self._window[place].counts, solution)
 
