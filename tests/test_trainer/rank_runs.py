@@ -1,6 +1,6 @@
 """Runs training cases on every rank and writes down how they ended; test_ranks.py launches it.
 
-Usage: torchrun rank_runs.py FOLDER, where FOLDER holds cases.json, data sets and models.
+Usage: torchrun rank_runs.py FOLDER ddp|fsdp, where FOLDER holds cases.json, data sets and models.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import load_from_disk
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
@@ -69,18 +72,37 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     model = trainer.accelerator.unwrap_model(trainer.model)
-    ends = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
+    ends = {key: _whole(value.detach()) for key, value in model.named_parameters() if value.requires_grad}
     return ends, {"log": log, "steps": steps.found, "ranks": trainer.args.world_size}, trainer
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+
+
+def _shard_on_cpu() -> None:
+    """Let accelerate shard models on CPUs: torch can, but accelerate asks for one of the kinds that have GPUs."""
+    begin = PartialState.__init__
+
+    def begin_as_gpus(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_as_gpus
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    if sys.argv[2] == "fsdp":
+        _shard_on_cpu()
     folder = Path(sys.argv[1])
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         ends, told, trainer = run_case(folder, name, case)
         (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(told))
         if trainer.is_world_process_zero():
             save_file(ends, folder / f"{name}.safetensors")
+    # Threads of gloo that outlive the interpreter abort the process.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

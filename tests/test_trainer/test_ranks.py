@@ -31,9 +31,18 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "uneven": (4, {"rows": "uneven", "options": {"mode": "dro", "lam": 0.05, "num_train_epochs": 2}}),
     "uneven-two-pass": (8, {"rows": "uneven", "options": {"mode": "dro", "radius": 0.1, "num_train_epochs": 2}}),
 }
-# ranks: name of a case, and the groups of its micro-batches.
+# FSDP2 wraps each decoder layer, and the rest of the model around them.
+SHARDED = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    },
+}
+# engine and ranks: name of a case, and the groups of its micro-batches.
 LAYOUTS = {
-    2: [
+    ("ddp", 2): [
         ("dora", 6),
         ("dora", 2),
         ("dora", 1),
@@ -47,15 +56,23 @@ LAYOUTS = {
         ("uneven-two-pass", 2),
         ("uneven-two-pass", 4),
     ],
-    4: [("dora", 3), ("dora", 1), ("radius", 1), ("uneven", 1), ("uneven-two-pass", 2), ("uneven-two-pass", 1)],
+    ("fsdp", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("dora-lora", 6), ("radius", 3), ("uneven", 1)],
+    ("ddp", 4): [
+        ("dora", 3),
+        ("dora", 1),
+        ("radius", 1),
+        ("uneven", 1),
+        ("uneven-two-pass", 2),
+        ("uneven-two-pass", 1),
+    ],
 }
 
 
-def with_layout(name: str, ranks: int, size: int) -> dict[str, Any]:
+def with_layout(name: str, ranks: int, size: int, engine: str = "ddp") -> dict[str, Any]:
     """The case with micro-batches of `size` groups on each of `ranks`."""
     total, case = CASES[name]
     layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": total // (size * ranks)}
-    return {**case, "options": {**case["options"], **layout}}
+    return {**case, "options": {**case["options"], **layout, **(SHARDED if engine == "fsdp" else {})}}
 
 
 @pytest.fixture(scope="module")
@@ -93,21 +110,30 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def launched(folder: Path) -> Callable[[int], None]:
-    """Run all cases of a number of ranks, once."""
-    runs: dict[int, subprocess.CompletedProcess[str]] = {}
+def launched(folder: Path) -> Callable[[str, int], None]:
+    """Run all cases of an engine and a number of ranks, once."""
+    runs: dict[tuple[str, int], subprocess.CompletedProcess[str]] = {}
 
-    def launch(ranks: int) -> None:
-        if ranks not in runs:
-            cases = {f"{name}-{ranks}x{size}": with_layout(name, ranks, size) for name, size in LAYOUTS[ranks]}
+    def launch(engine: str, ranks: int) -> None:
+        if (engine, ranks) not in runs:
+            layouts = LAYOUTS[engine, ranks]
+            cases = {
+                f"{name}-{engine}-{ranks}x{size}": with_layout(name, ranks, size, engine) for name, size in layouts
+            }
             (folder / "cases.json").write_text(json.dumps(cases))
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-            command += [f"--master-port={_free_port()}", str(Path(__file__).with_name("rank_runs.py")), str(folder)]
+            command += [f"--master-port={_free_port()}", str(Path(__file__).with_name("rank_runs.py"))]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-            runs[ranks] = subprocess.run(
-                command, capture_output=True, text=True, env=environment, timeout=500, check=False
+            runs[engine, ranks] = subprocess.run(
+                [*command, str(folder), engine],
+                capture_output=True,
+                text=True,
+                env=environment,
+                timeout=500,
+                check=False,
             )
-        assert runs[ranks].returncode == 0, runs[ranks].stderr[-4000:]
+        done = runs[engine, ranks]
+        assert done.returncode == 0, done.stderr[-4000:]
 
     return launch
 
@@ -128,20 +154,34 @@ def alone(folder: Path) -> Callable[[str], tuple[dict[str, torch.Tensor], dict[s
 
 
 @pytest.mark.parametrize(
-    ("ranks", "name", "size"),
+    ("engine", "ranks", "name", "size"),
     [
-        pytest.param(ranks, name, size, id=f"{name}-{ranks}x{size}", marks=[pytest.mark.slow] if ranks > 2 else [])
-        for ranks, layouts in LAYOUTS.items()
+        pytest.param(
+            engine,
+            ranks,
+            name,
+            size,
+            id=f"{name}-{engine}-{ranks}x{size}",
+            marks=[] if (engine, ranks) == ("ddp", 2) else [pytest.mark.slow],
+        )
+        for (engine, ranks), layouts in LAYOUTS.items()
         for name, size in layouts
     ],
 )
 def test_ranks_train_the_same_weights(
-    ranks: int, name: str, size: int, folder: Path, launched: Callable[..., Any], alone: Callable[..., Any]
+    engine: str,
+    ranks: int,
+    name: str,
+    size: int,
+    folder: Path,
+    launched: Callable[..., Any],
+    alone: Callable[..., Any],
 ) -> None:
-    launched(ranks)
+    launched(engine, ranks)
     expected, told = alone(name)
-    ends = load_file(folder / f"{name}-{ranks}x{size}.safetensors")
-    mine = [json.loads((folder / f"{name}-{ranks}x{size}-{rank}.json").read_text()) for rank in range(ranks)]
+    run = f"{name}-{engine}-{ranks}x{size}"
+    ends = load_file(folder / f"{run}.safetensors")
+    mine = [json.loads((folder / f"{run}-{rank}.json").read_text()) for rank in range(ranks)]
     assert {each["ranks"] for each in mine} == {ranks}
     assert ends.keys() == expected.keys()
     for key, value in expected.items():
