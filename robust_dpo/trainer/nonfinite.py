@@ -1,4 +1,4 @@
-"""A loss that is not finite must not reach the weights."""
+"""A loss or a gradient that is not finite must not reach the weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ _UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss of an optimizer step was not finite; the weights are those from before it.
+    """The loss or the gradient of an optimizer step was not finite; the weights are those from before it.
 
     Args:
         group_ids: names of the groups whose loss was not finite.
@@ -32,7 +33,9 @@ class NonFiniteLossError(FloatingPointError):
 
     def __init__(self, group_ids: list[str], step: int) -> None:
         self.group_ids, self.step = group_ids, step
-        named = ", ".join(group_ids) if group_ids else "none by itself (the aggregation over groups overflowed)"
+        named = (
+            ", ".join(group_ids) if group_ids else "none (the gradients, or the aggregation over groups, overflowed)"
+        )
         super().__init__(
             f"the loss of optimizer step {step + 1} is not finite; it has not changed the weights. Groups whose "
             f'loss is not finite: {named}. on_nonfinite="skip" leaves such steps out.'
@@ -64,7 +67,7 @@ class _Step:
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Keeps optimizer steps whose loss is not finite, on any rank, from changing anything.
+    """Keeps optimizer steps whose loss or gradient is not finite, on any rank, from changing anything.
 
     An optimizer that can leave a step out on the device (torch's fused ones) is told so there, and the host does not
     wait: it learns of it in `report`. Any other has its gradients taken away, which takes one read per optimizer step.
@@ -83,18 +86,31 @@ class NonFiniteGuard(TrainerCallback):
         self._window: list[_Losses] = []
         self._steps: list[_Step] = []
         self._stopped: Tensor | None = None
+        self._norm: Tensor | None = None
         self.skipped_steps = 0
 
     def watch(self, loss: Tensor, group_losses: Tensor, ids: list[str]) -> None:
         """Remember the loss [] and the group losses [G] of a micro-batch. Reads nothing from the device."""
         self._window.append((loss.detach(), group_losses, ids))
 
+    def watch_norm(self, norm: Tensor) -> None:
+        """Remember the norm [] of the gradients of the step. Reads nothing from the device.
+
+        Not with torch's scaler of fp16 gradients: it leaves out by itself what overflows, and adapts to it.
+        """
+        if self._accelerator.scaler is None:
+            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the step out, on the device where that is possible, if a loss of its window is not finite."""
         window, self._window = self._window, []
         if not window:
             return
-        bad = (~torch.stack([loss for loss, _, _ in window]).isfinite()).any().float()
+        norm, self._norm = self._norm, None
+        found = [loss for loss, _, _ in window]
+        if norm is not None:
+            found.append(norm.detach().to(found[0]))
+        bad = (~torch.stack(found).isfinite()).any().float()
         bad = self._accelerator.reduce(bad, reduction="sum").clamp(max=1)
         self._steps.append(_Step(state.global_step, bad, window))
         optimizer = kwargs["optimizer"]

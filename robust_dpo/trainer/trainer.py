@@ -44,7 +44,14 @@ from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
 from robust_dpo.trainer.scoring import Batch, SequenceScorer, response_lengths
 from robust_dpo.trainer.self_check import HeadCheck, check_head
-from robust_dpo.window import AccumulationWindow, Weighed, make_weighting, plan_route
+from robust_dpo.window import (
+    AccumulationWindow,
+    Weighed,
+    make_weighting,
+    plan_route,
+    refuse_split_model,
+    refuse_unknown_groups,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +102,7 @@ class RobustDPOTrainer(Trainer):
         if ref_model is not None and ref_model is model and not isinstance(model, str):
             raise argument_error("ref_model", "another object than model, or None for a frozen copy", "the same object")
         policy = load_model(model, args.options("model_init_kwargs"), argument="model")
+        refuse_split_model(policy, "model")
         if ref_model is not None:
             ref_model = load_model(ref_model, args.options("ref_model_init_kwargs"), argument="ref_model")
         processing_class = load_tokenizer(processing_class, policy)
@@ -180,6 +188,7 @@ class RobustDPOTrainer(Trainer):
 
     def _make_window(self) -> AccumulationWindow:
         """What makes the weights of a step those of its global batch."""
+        refuse_unknown_groups(self.args, self.accelerator)
         plan = plan_route(
             self.objective,
             self.args.robust_scope,
@@ -358,6 +367,13 @@ class RobustDPOTrainer(Trainer):
         if self._window.is_open:
             return torch.zeros_like(loss)
         return self._step_loss.to(loss.dtype).nan_to_num(0.0, 0.0, 0.0)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in transformers; a norm that is not finite keeps the step from being taken."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, Tensor):
+            self._guard.watch_norm(norm)
+        return norm
 
     def worst_groups(self, count: int = 10) -> list[tuple[str, float]]:
         """Ids and weights of the groups with the largest robust weight in the last optimizer step, largest first.

@@ -5,6 +5,7 @@ backpropagate so that the step's gradient is that of the objective over all grou
 """
 
 from robust_dpo.window.route import ROUTES, SCOPES, RoutePlan, plan_route
+from robust_dpo.window.supported import refuse_split_model, refuse_unknown_groups
 from robust_dpo.window.weighting import Weighed, Weighting, WindowSolution
 from robust_dpo.window.window import AccumulationWindow, make_weighting
 
@@ -18,4 +19,6 @@ __all__ = [
     "WindowSolution",
     "make_weighting",
     "plan_route",
+    "refuse_split_model",
+    "refuse_unknown_groups",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from robust_dpo.errors import type_error
 from robust_dpo.robust import ExponentialTilt, RobustObjective
 from robust_dpo.window.alone import Alone
 from robust_dpo.window.one_pass import OnePass
@@ -78,8 +79,9 @@ class AccumulationWindow:
         self._place = self._size = 0
         if not batches:
             return []
+        groups = self._groups()
         window = [kept(self._prepare(batch), len(batch["group_sizes"])) for batch in batches[:-1]]
-        window.append(self._last(self._prepare(batches[-1]), ended=len(batches) < wanted))
+        window.append(self._last(self._prepare(batches[-1]), groups))
         empty = kept(window[-1].batch, 0)
         window += [empty] * (wanted - len(window))
         self._size = len(window)
@@ -91,12 +93,20 @@ class AccumulationWindow:
         self._place += 1
         return weighed
 
-    def _last(self, batch: Batch, *, ended: bool) -> MicroBatch:
-        """The last batch of a window, without the groups that were repeated to fill up the last round of an epoch."""
+    def _groups(self) -> int | None:
+        """Groups of an epoch where the loader repeats some of them, to fill up the last round of batches."""
         state: Any = self._accelerator.gradient_state
-        size, ranks = len(batch["group_sizes"]), self._accelerator.num_processes
-        ended = ended or (state.in_dataloader and state.end_of_dataloader)
-        if not ended or ranks == 1 or self._drop_last:
+        if self._accelerator.num_processes == 1 or self._drop_last or not state.in_dataloader:
+            return None
+        dataset = state.active_dataloader.dataset
+        if not hasattr(dataset, "__len__"):
+            raise type_error("train_dataset", "a data set of known length on several ranks", dataset)
+        return len(dataset)
+
+    def _last(self, batch: Batch, groups: int | None) -> MicroBatch:
+        """The last batch of a window; without what is repeated, where it is that of an epoch of `groups`."""
+        size = len(batch["group_sizes"])
+        if groups is None or not self._accelerator.gradient_state.end_of_dataloader:
             return kept(batch, size)
-        groups = len(state.active_dataloader.dataset)
-        return kept(batch, first_seen(groups, size, self._accelerator.process_index, ranks))
+        rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
+        return kept(batch, first_seen(groups, size, rank, ranks))
