@@ -145,6 +145,14 @@ class NonFiniteGuard(TrainerCallback):
             self.skipped_steps += 1
             logger.warning("step %d skipped: its loss is not finite. Groups: %s", step.number + 1, ids)
 
+    def state_dict(self) -> dict[str, int]:
+        """For checkpoints, which are written after a report: the count is all there is."""
+        return {"skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting."""
+        self.skipped_steps = state["skipped_steps"]
+
     def _skips_on_device(self, optimizer: Any) -> bool:
         """Whether the optimizer takes `found_inf`, and nobody else sets it: torch's scaler of fp16 gradients does.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from robust_dpo import ops
+from robust_dpo.checkpoints import CheckpointedTrainer, RunRecord
 from robust_dpo.data import PreferenceCollator, length_statistics
+from robust_dpo.data.fingerprint import rows_fingerprint
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.layout import LayoutPlan, plan_layout
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.reference_cache import ReferenceCache
 from robust_dpo.robust import Mean
-from robust_dpo.trainer import checkpoint
 from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.data import RowPreparation, Rows
 from robust_dpo.trainer.dropout import disable_dropout, evaluating
@@ -56,7 +59,7 @@ from robust_dpo.window import (
 logger = logging.getLogger(__name__)
 
 
-class RobustDPOTrainer(Trainer):
+class RobustDPOTrainer(CheckpointedTrainer):
     """Preference training with a calibrated worst-case objective (DoRA, arXiv 2504.05831) and a fused LM head.
 
     Args:
@@ -434,17 +437,39 @@ class RobustDPOTrainer(Trainer):
                 logger.debug("largest weights of the last step: %s", self.worst_groups())
         super().log(logs, start_time)
 
+    def stateful_parts(self) -> dict[str, Stateful]:
+        """The count of skipped steps, and the state of an objective that has one."""
+        parts: dict[str, Stateful] = {"skipped_steps": self._guard}
+        if isinstance(self.objective, Stateful):
+            parts["objective"] = self.objective
+        return parts
+
+    def run_record(self) -> RunRecord:
+        """The reference, and what sums, roundings and the order of the rows depend on."""
+        layout, on_cpu = self._scorer.layout, self.args.device.type == "cpu"
+        return RunRecord(
+            self._reference_weights,
+            {
+                "training data (a hash)": self._training_data,
+                "groups per micro-batch": self.args.train_batch_size,
+                "micro-batches per step": self.args.gradient_accumulation_steps,
+                "processes": self.args.world_size,
+                "precision": self.accelerator.mixed_precision,
+                "layout": layout.kind,
+                "attention": None if layout.attention is None else layout.attention.name,
+                "head": "fused" if self._scorer.fused else "logits",
+                "device": self.args.device.type,
+                **({"threads": torch.get_num_threads()} if on_cpu else {}),
+            },
+        )
+
+    @cached_property
+    def _training_data(self) -> str | None:
+        return None if self.train_dataset is None else rows_fingerprint(self.train_dataset)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.report()
         super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save and self._reference_weights is not None:
-            checkpoint.save_reference(folder, self._reference_weights)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._reference_weights is not None:
-            checkpoint.check_reference(Path(resume_from_checkpoint), self._reference_weights)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 def _values(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset | None]:
