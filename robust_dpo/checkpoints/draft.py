@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from robust_dpo.checkpoints.manifest import FILE_NAME, BrokenCheckpoint, check, sync_directory, write_manifest
 
 STAGING = ".incomplete"
@@ -73,7 +75,7 @@ class Draft:
 
 def adopt(directory: Path) -> Path | None:
     """Let a checkpoint appear that is whole but for its rename, as a run was killed just before; its path if so."""
-    for manifest in (directory / STAGING).glob(f"*/{FILE_NAME}"):
+    for manifest in (directory / STAGING).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{FILE_NAME}"):
         draft = Draft(directory, manifest.parent.name)
         try:
             check(draft.folder)

@@ -65,6 +65,11 @@ class CheckpointedTrainer(Trainer):
             _refuse_unwritable(directory)
         return super().train(folder, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, which takes one step more where it resumes at the last one, in the middle of an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         """As in transformers; while a checkpoint is written, the directory where that is done."""
         return str(super()._get_output_dir(trial) if self._draft is None else self._draft.staging)
