@@ -102,6 +102,7 @@ def main() -> None:
         if trainer.is_world_process_zero():
             save_file(ends, folder / f"{name}.safetensors")
     # Threads of gloo that outlive the interpreter abort the process.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
