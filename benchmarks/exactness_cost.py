@@ -21,6 +21,7 @@ import transformers
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
+from robust_dpo.bench.tables import replace_between
 from robust_dpo.bench.train_step.data import Row, make_workload, padding_tokenizer
 from robust_dpo.bench.train_step.setting import MODELS, Setting
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
@@ -131,10 +132,7 @@ def main() -> None:
     text = table({name: clock.seconds for name, (_, clock) in made.items()}, chosen)
     print(text)
     if options.docs is not None:
-        begin, end = "<!-- cost:begin -->", "<!-- cost:end -->"
-        page = options.docs.read_text()
-        before, after = page[: page.index(begin) + len(begin)], page[page.index(end) :]
-        options.docs.write_text(f"{before}\n{text}{after}")
+        replace_between(options.docs, "cost", text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much do the trained weights depend on how a step is cut into micro-batches and ranks? Ours, and TRL's DPOTrainer.
 
-    python benchmarks/layout_invariance.py --out benchmarks/results
+    python benchmarks/layout_invariance.py --out benchmarks/results --docs docs/exactness.md
 
 Everybody takes five steps (SGD, clipped) of 64 groups, the same 64 in every layout, on the CPU. The table has the
 largest difference of a weight from the run with one micro-batch on one rank, as a share of the largest distance that
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
+from robust_dpo.bench.tables import replace_between
 from robust_dpo.bench.train_step.data import Row, make_workload, padding_tokenizer
 from robust_dpo.bench.train_step.setting import BETA, MODELS, Setting
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
@@ -226,6 +227,7 @@ def markdown(table: dict[str, dict[str, float]], dtype: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--docs", type=Path, help="Markdown file to put the table into, between its markers")
     parser.add_argument("--dtype", choices=("fp32", "fp64"), default="fp32", help="of the models")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=1, help=argparse.SUPPRESS)
@@ -239,6 +241,8 @@ def main() -> None:
         table = compare(Path(folder))
     text = markdown(table, options.dtype)
     print(text)
+    if options.docs is not None:
+        replace_between(options.docs, "layouts", text)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "layout_invariance.md").write_text(text)
