@@ -166,6 +166,21 @@ def checked(losses: Tensor, calibration: Tensor | None) -> tuple[Tensor, Tensor 
     return losses, calibration.detach().to(device=losses.device, dtype=losses.dtype)
 
 
+def whole_batch(
+    objective: RobustObjective,
+    losses: Tensor,
+    calibration: Tensor | None,
+    log_normalizer: Tensor | float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `checked`, for objectives with more than one normaliser: refuses a part of a batch, and an empty one."""
+    if log_normalizer is not None:
+        expected = f"None: {objective.key} couples the groups by more than one normaliser, solve the whole batch"
+        raise argument_error("log_normalizer", expected, log_normalizer)
+    losses, calibration = checked(losses, calibration)
+    refuse_empty(losses)
+    return losses, calibration
+
+
 def refuse_empty(losses: Tensor) -> None:
     """Weights of sum 1 need a group to carry them."""
     if losses.numel() == 0:
