@@ -1,4 +1,4 @@
-"""Small training runs in processes of their own, which are to be killed: whole, started, or resumed from what is left."""
+"""Small training runs in processes of their own, to be killed and resumed from what is left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,15 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
 
@@ -92,15 +100,18 @@ class Run:
                 {name: log[name] for name in ("step", "loss", "grad_norm") if name in log} for log in _steps(trainer)
             ],
         }
-        torch.save(state, self.end)
+        if trainer.is_world_process_zero():
+            torch.save(state, self.end)
 
 
-def start(run: Run, resume: bool | str = False, *, kill_at: int | None = None) -> Any:
+def start(
+    run: Run, resume: bool | str = False, *, kill_at: int | None = None, environment: dict[str, object] | None = None
+) -> Any:
     """The process of a run; it kills itself before its `kill_at`-th change of a file of the run (from 0)."""
     context = multiprocessing.get_context("forkserver")
     # Imports once what every run needs.
     context.set_forkserver_preload(["faulty_runs"])
-    process = context.Process(target=_child, args=(run, resume, kill_at))
+    process = context.Process(target=_child, args=(run, resume, kill_at, environment or {}))
     process.start()
     return process
 
@@ -113,9 +124,40 @@ def finish(run: Run, resume: bool | str = False, *, kill_at: int | None = None) 
     return int(process.exitcode)
 
 
-def changes(run: Run) -> int:
+def finish_ranks(run: Run, resume: bool | str = False, *, kill_at: tuple[int, int] | None = None) -> list[int]:
+    """Run two ranks to their end, or until one ends badly, which ends the other; their exit codes.
+
+    Args:
+        run: what to train.
+        resume: from a checkpoint.
+        kill_at: rank, and which change of a file it does not live to make.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        place = kill_at[1] if kill_at is not None and kill_at[0] == rank else None
+        processes.append(start(run, resume, kill_at=place, environment=environment))
+    while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
+        processes[0].join(0.02)
+    for process in processes:
+        if any(other.exitcode for other in processes):
+            process.kill()
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def changes(run: Run, rank: int | None = None) -> int:
     """Changes of files in a whole run, so that each of them can be the last of another."""
-    return int((run.folder / "changes").read_text())
+    return int((run.folder / ("changes" if rank is None else f"changes-{rank}")).read_text())
 
 
 def has_checkpoint(run: Run) -> bool:
@@ -128,7 +170,8 @@ def assert_same_end(ours: Run, theirs: Run) -> None:
     _assert_same(torch.load(ours.end), torch.load(theirs.end), "end")
 
 
-def _child(run: Run, resume: bool | str, kill_at: int | None) -> None:
+def _child(run: Run, resume: bool | str, kill_at: int | None, environment: dict[str, object]) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
     log = run.folder.with_suffix(".log").open("a", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -136,7 +179,12 @@ def _child(run: Run, resume: bool | str, kill_at: int | None) -> None:
     sys.addaudithook(seen)
     run.train(resume)
     seen.inside = False
-    (run.folder / "changes").write_text(str(seen.count))
+    rank = f"-{environment['RANK']}" if environment else ""
+    (run.folder / f"changes{rank}").write_text(str(seen.count))
+    if environment:
+        # Threads of gloo that outlive the interpreter abort the process.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 class _Changes:

@@ -23,7 +23,7 @@ class BrokenCheckpoint(Exception):
 
 def write_manifest(folder: Path) -> None:
     """Bring all files of a checkpoint to the disk, then list them in its manifest, and bring that there too."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE_NAME)
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         files = dict(pool.map(lambda path: (path.relative_to(folder).as_posix(), _stored(path)), paths))
     for directory in {path.parent for path in paths}:

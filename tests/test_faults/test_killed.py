@@ -22,17 +22,10 @@ SETUPS = {
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_killed_during_a_change_of_its_files(setup: str, whole_run: Callable[..., Run], tmp_path: Path) -> None:
-    """The process ends before a change of a file, in the first, middle and last third of the run, and is resumed."""
+def test_killed_before_a_change_of_its_files(setup: str, whole_run: Callable[..., Run], tmp_path: Path) -> None:
     model, options = SETUPS[setup]
-    whole = whole_run(model, **options)
-    total = changes(whole)
-    for third in range(3):
-        run = Run(tmp_path / f"run{third}", model, options)
-        place = random.randrange(third * total // 3, (third + 1) * total // 3)
-        assert finish(run, kill_at=place) == -signal.SIGKILL, f"change {place}: {run.output()}"
-        assert finish(run, has_checkpoint(run)) == 0, f"killed at change {place}: {run.output()}"
-        assert_same_end(run, whole)
+    whole, run = whole_run(model, **options), Run(tmp_path / "run", model, options)
+    _kill_and_resume(run, whole, random.randrange(changes(whole)))
 
 
 @pytest.mark.slow
@@ -42,13 +35,11 @@ def test_killed_before_every_single_change(setup: str, whole_run: Callable[..., 
     whole = whole_run(model, **options)
     for place in range(changes(whole)):
         run = Run(tmp_path / "run", model, options)
-        assert finish(run, kill_at=place) == -signal.SIGKILL, f"change {place}: {run.output()}"
-        assert finish(run, has_checkpoint(run)) == 0, f"killed at change {place}: {run.output()}"
-        assert_same_end(run, whole)
+        _kill_and_resume(run, whole, place)
         shutil.rmtree(run.folder)
 
 
-@pytest.mark.parametrize("places", [5, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("places", [3, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_killed_while_a_checkpoint_of_the_same_step_is_replaced(
     places: int | None, whole_run: Callable[..., Run], tmp_path: Path
 ) -> None:
@@ -62,11 +53,16 @@ def test_killed_while_a_checkpoint_of_the_same_step_is_replaced(
         run = Run(tmp_path / "run", whole.model, whole.options)
         shutil.copytree(whole.folder, run.folder)
         run.end.unlink()
-        assert finish(run, kill_at=place) == -signal.SIGKILL, f"change {place}: {run.output()}"
         # At the last step nothing is left to train, and nothing may be.
-        assert finish(run, resume=True) == 0, f"killed at change {place}: {run.output()}"
-        assert_same_end(run, whole)
+        _kill_and_resume(run, whole, place)
         shutil.rmtree(run.folder)
+
+
+def _kill_and_resume(run: Run, whole: Run, place: int) -> None:
+    """End a process before a change of a file of its run, and let another one end the run."""
+    assert finish(run, kill_at=place) == -signal.SIGKILL, f"change {place}: {run.output()}"
+    assert finish(run, has_checkpoint(run)) == 0, f"killed at change {place}: {run.output()}"
+    assert_same_end(run, whole)
 
 
 def _soak(run: Run, whole: Run, kills: int, rng: random.Random) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from robust_dpo.checkpoints.manifest import FILE_NAME
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """step → a folder of files of random size, one of them in a sub-folder, with its manifest."""
+    """Step → a folder of files of random size, one of them in a sub-folder, with its manifest."""
 
     def make(step: int, directory: Path = tmp_path) -> Path:
         folder = directory / f"checkpoint-{step}"
