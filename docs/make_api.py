@@ -39,6 +39,10 @@ SECTIONS = {
         ["load_preferences", "save_preferences", "split_by_prompt", "tokenize_groups", "PreferenceCollator"],
     ),
     "Trainer": ("robust_dpo.trainer", ["RobustDPOTrainer", "RobustDPOConfig"]),
+    "Packed rows": (
+        "robust_dpo.layout",
+        ["pack_groups", "Group", "PackedGroups", "plan_layout", "LayoutPlan", "AttentionBackend", "register_backend"],
+    ),
     "Backends": ("robust_dpo", ["backends"]),
 }
 

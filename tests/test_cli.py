@@ -199,6 +199,20 @@ def test_calibrate_train_evaluate_report(tmp_path: Path, world_file: Path, start
         assert "already" in again.output
 
 
+def test_train_keeps_what_the_next_run_can_use(tmp_path: Path, world_file: Path, start_model: Path) -> None:
+    cache = tmp_path / "cache"
+    common = ["train", "--model", start_model, "--data", world_file, "--mode", "erm", "--precompute-ref"]
+    common += ["--cache-dir", cache, "--num-proc", 1, "--max-steps", 1, "--save-steps", 0, "--max-length", 160]
+    before: dict[str, int] = {}
+    for name in ("first", "second"):
+        trained = run(*common, "--out", tmp_path / name)
+        assert trained.exit_code == ExitCode.OK, trained.output
+        files = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+        assert sorted(file.partition("-")[0] for file in files) == ["ref_logps", "tokens"]
+        assert before in ({}, files), "the second run writes nothing"
+        before = files
+
+
 def test_resume_ends_with_the_same_weights(tmp_path: Path, world_file: Path, start_model: Path) -> None:
     common = ["--model", start_model, "--data", world_file, "--mode", "dro", "--batch-size", 8, "--learning-rate", 1e-3]
     common += ["--logging-steps", 1, "--save-steps", 2, "--trainer-arg", "save_total_limit=9"]

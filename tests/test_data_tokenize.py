@@ -343,6 +343,9 @@ def test_length_statistics() -> None:
     assert statistics.prompt_share == pytest.approx(26 / 44)
     assert statistics.repeated_prompt_share == pytest.approx((10 + 4) / 44)
     assert statistics.padding_share == pytest.approx(1 - 44 / (5 * 16))
+    assert statistics.padded_tokens == 5 * 16
+    assert statistics.packed_tokens == 44 - 5, "the last token of a response is not run"
+    assert statistics.group_tokens == 10 + 2 + (2 + 6 + 2 + 2 + 6) - 5
     assert (statistics.truncated_prompts, statistics.truncated_responses) == (0, 0)
     alone = length_statistics(tokenize_groups(data, LLAMA_STYLE), batch_groups=1)
     assert alone.padding_share == pytest.approx(1 - 44 / (2 * 16 + 3 * 8))
@@ -365,6 +368,43 @@ def test_padding_share_counts_every_batch() -> None:
         padded += sum(map(len, batch)) * max(1 + len(ids) for group in batch for ids in group)
         tokens += sum(1 + len(ids) for group in batch for ids in group)
     assert length_statistics(tokenised, batch_groups=3).padding_share == pytest.approx(1 - tokens / padded)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_expected_speedup_is_the_ratio_of_the_products(shared: bool) -> None:
+    """Counted layer by layer and token by token for a live reference: three passes of the policy and one of that."""
+    rng = np.random.default_rng(3)
+    table = [
+        {
+            "prompt_ids": [1] * rng.integers(1, 30),
+            "response_ids": [[1] * rng.integers(1, 20) for _ in range(size)],
+            "prompt_cut": 0,
+            "response_cut": [0] * size,
+        }
+        for size in rng.integers(1, 5, 12)
+    ]
+    statistics = length_statistics(datasets.Dataset.from_list(table), batch_groups=12)
+    sequences = [(len(row["prompt_ids"]), len(ids)) for row in table for ids in row["response_ids"]]
+    width = max(prompt + response for prompt, response in sequences)
+    repeated = sum(len(row["prompt_ids"]) * (len(row["response_ids"]) - 1) for row in table) if shared else 0
+    run = sum(prompt + response - 1 for prompt, response in sequences) - repeated
+    head = 4 * 500 * sum(response for _, response in sequences)
+    padded, laid_out = 4 * 70 * len(sequences) * width + head, 4 * 70 * run + head
+    assert statistics.expected_speedup(70, 500, shared=shared) == pytest.approx(padded / laid_out)
+    assert statistics.expected_speedup(0, 500, shared=shared) == 1, "a layout saves nothing in the head"
+
+
+def test_length_statistics_of_selected_rows() -> None:
+    """An indices mapping is followed: the numbers are those of the rows that are seen."""
+    lengths = [3, 9, 4, 17]
+    table = [
+        {"prompt_ids": [0] * n, "response_ids": [[1] * n], "prompt_cut": n % 2, "response_cut": [n % 2]}
+        for n in lengths
+    ]
+    picked = datasets.Dataset.from_list(table).select([3, 0, 2])
+    again = datasets.Dataset.from_list([table[index] for index in (3, 0, 2)])
+    assert length_statistics(picked) == length_statistics(again)
+    assert length_statistics(picked).truncated_prompts == 2
 
 
 def test_length_statistics_refuses_other_data() -> None:

@@ -47,6 +47,17 @@ def train(
         bool,
         typer.Option(help="Compute all reference log-probs once, before training.", rich_help_panel=MODEL_PANEL),
     ] = False,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for what later runs can use again: token ids and reference log-probs (default: log-probs "
+            "in the run directory, token ids nowhere).",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    num_proc: Annotated[
+        int | None, typer.Option(min=1, help="Processes that tokenise the data.", rich_help_panel=DATA_PANEL)
+    ] = None,
     lora_r: Annotated[
         int, typer.Option(min=0, help="Rank of a LoRA adapter; 0 trains all weights.", rich_help_panel=MODEL_PANEL)
     ] = 0,

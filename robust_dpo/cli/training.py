@@ -46,6 +46,8 @@ _FIELDS = {
     "max_length": "max_length",
     "on_bad_row": "on_bad_row",
     "precompute_ref": "precompute_ref_log_probs",
+    "cache_dir": "cache_dir",
+    "num_proc": "dataset_num_proc",
     "epochs": "num_train_epochs",
     "max_steps": "max_steps",
     "batch_size": "per_device_train_batch_size",
@@ -205,5 +207,7 @@ def _with_calibration(rows: Dataset, config: RobustDPOConfig, tokenizer: PreTrai
         max_prompt_length=config.max_prompt_length,
         truncation=config.truncation_mode,
         on_bad_row=config.on_bad_row,
+        num_proc=config.dataset_num_proc,
+        cache_dir=config.cache_dir,
     )
     return tokenised.add_column("calibration", [1.0] * len(tokenised))

@@ -7,6 +7,7 @@ from robust_dpo.layout.attention import (
     available_backends,
     register_backend,
     resolve_backend,
+    usable_backends,
 )
 from robust_dpo.layout.choice import LAYOUTS, LayoutPlan, plan_layout
 from robust_dpo.layout.dense import SDPA
@@ -34,4 +35,5 @@ __all__ = [
     "plan_layout",
     "register_backend",
     "resolve_backend",
+    "usable_backends",
 ]

@@ -37,6 +37,7 @@ class AttentionBackend:
         attend: an attention function with transformers' signature.
         why_not: (device) → why it cannot run there; empty where it can.
         row_tokens: places of a row unless the user says otherwise; None: all groups in one row.
+        half_precision: whether it takes nothing but fp16 and bf16.
     """
 
     name: str
@@ -44,11 +45,13 @@ class AttentionBackend:
     attend: Callable[..., tuple[Tensor, Any]]
     why_not: Callable[[torch.device], str]
     row_tokens: int | None
+    half_precision: bool = False
 
     @property
     def implementation(self) -> str:
         """The name that transformers knows it by."""
-        return _PREFIX + self.name
+        # Whatever has "flash" in its name, transformers takes for its own FlashAttention, with mask rules of its own.
+        return _PREFIX + self.name.replace("flash", "varlen")
 
 
 _BACKENDS: dict[str, AttentionBackend] = {}
@@ -76,6 +79,11 @@ def available_backends() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
+def usable_backends(device: torch.device) -> list[AttentionBackend]:
+    """The backends that can run on a device, best first."""
+    return [backend for backend in _BACKENDS.values() if not backend.why_not(device)]
+
+
 def resolve_backend(name: str, device: torch.device) -> AttentionBackend:
     """The backend of a name, or with "auto" the first one that can run on the device.
 
@@ -84,7 +92,7 @@ def resolve_backend(name: str, device: torch.device) -> AttentionBackend:
         RuntimeError: it cannot run on the device.
     """
     if name == "auto":
-        return next(backend for backend in _BACKENDS.values() if not backend.why_not(device))
+        return usable_backends(device)[0]
     if name not in _BACKENDS:
         raise argument_error("layout_attention", f"one of auto, {', '.join(_BACKENDS)}", repr(name))
     backend = _BACKENDS[name]
@@ -116,18 +124,17 @@ def attending(model: nn.Module, backend: AttentionBackend, groups: PackedGroups)
 
 @contextmanager
 def _switched(model: nn.Module, implementation: str, groups: PackedGroups) -> Iterator[None]:
-    configs = {id(config): config for config in (getattr(each, "config", None) for each in model.modules())}
-    own = [
-        (config, config._attn_implementation) for config in configs.values() if hasattr(config, "_attn_implementation")
-    ]
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
+    configs: dict[int, Any] = {id(module.config): module.config for module in modules}
+    own = [(each, each._attn_implementation) for each in configs.values() if hasattr(each, "_attn_implementation")]
     token = _ACTIVE.set(groups)
     try:
-        for config, _ in own:
-            config._attn_implementation = implementation
+        for each, _ in own:
+            each._attn_implementation = implementation
         yield
     finally:
-        for config, name in own:
-            config._attn_implementation = name
+        for each, name in own:
+            each._attn_implementation = name
         _ACTIVE.reset(token)
 
 
@@ -153,7 +160,8 @@ def _refuse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: d
     given = [name for name in _ALTERING if options.get(name) is not None]
     if given:
         raise LayoutUnsupportedError(f"its attention takes {', '.join(given)}")
-    if not options.get("is_causal", getattr(module, "is_causal", True)):
+    causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise LayoutUnsupportedError("its attention is not causal")
     if query.shape[2] != key.shape[2]:
         raise LayoutUnsupportedError("its attention has other keys than those of the row")

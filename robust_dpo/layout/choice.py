@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from robust_dpo.errors import argument_error
-from robust_dpo.layout.attention import AttentionBackend, LayoutUnsupportedError, attending, resolve_backend
+from robust_dpo.layout.attention import (
+    AttentionBackend,
+    LayoutUnsupportedError,
+    attending,
+    resolve_backend,
+    usable_backends,
+)
 from robust_dpo.layout.packing import Group, PackedGroups, pack_groups
+
+logger = logging.getLogger(__name__)
 
 LAYOUTS = ("auto", "group", "packed", "padded")
 
@@ -34,7 +43,7 @@ class LayoutPlan:
         kind: "group", "packed" (each response with a prompt of its own) or "padded".
         attention: backend of the first two.
         row_tokens: places of a row; None: one row for all.
-        reason: why it is not "group"; empty where it is, or where it was not asked for.
+        reason: why it is not what was asked for, or not "group" where that was left open; else empty.
     """
 
     kind: str
@@ -56,7 +65,8 @@ def plan_layout(
     """The layout that the model is run in.
 
     A layout other than "padded" is compared with it on a tiny batch, in eval mode and without gradients, and not taken
-    where the logits differ by more than rounding. Where none can be taken the plan is "padded", with the `reason`.
+    where the logits differ by more than rounding. Where none can be taken the plan is "padded", with the `reason`. Of
+    several attention backends the first is taken that passes.
 
     Args:
         model: a causal language model, not wrapped, on its device.
@@ -73,15 +83,29 @@ def plan_layout(
     if layout == "padded":
         return PADDED
     device = next(model.parameters()).device
-    backend = resolve_backend(attention, device)
-    tokens = backend.row_tokens if row_tokens is None else row_tokens
-    reason = why_not_packed(model)
-    for kind in ("group", "packed") if layout == "auto" and not reason else (layout,) if not reason else ():
-        found = why_layouts_differ(model, LayoutPlan(kind, backend, tokens))
-        if not found:
-            return LayoutPlan(kind, backend, tokens, reason)
-        reason = reason or found
-    return LayoutPlan("padded", reason=reason)
+    backends = usable_backends(device) if attention == "auto" else [resolve_backend(attention, device)]
+    if reason := why_not_packed(model):
+        return LayoutPlan("padded", reason=reason)
+    reasons: list[str] = []
+    for kind in ("group", "packed") if layout == "auto" else (layout,):
+        for backend in backends:
+            plan = LayoutPlan(kind, backend, backend.row_tokens if row_tokens is None else row_tokens)
+            found = _why_not(model, plan) if len(backends) > 1 else why_layouts_differ(model, plan)
+            if not found:
+                # What kept it from "group"; for "packed" by name there is nothing to say.
+                return replace(plan, reason="" if kind in ("group", layout) else reasons[0])
+            reasons.append(found)
+    return LayoutPlan("padded", reason=reasons[0])
+
+
+def _why_not(model: nn.Module, plan: LayoutPlan) -> str:
+    """As `why_layouts_differ`, where another backend stands by for one whose kernels do not take the model."""
+    assert plan.attention is not None
+    try:
+        return why_layouts_differ(model, plan)
+    except (RuntimeError, NotImplementedError, ValueError) as failure:
+        logger.warning("layout_attention %r fails on this model: %s", plan.attention.name, failure)
+        return f"attention {plan.attention.name!r} fails on it"
 
 
 def why_not_packed(model: Any) -> str:
@@ -107,21 +131,25 @@ def why_not_packed(model: Any) -> str:
 def why_layouts_differ(model: nn.Module, plan: LayoutPlan) -> str:
     """Run a tiny batch padded and as planned; how the logits differ, empty where they agree up to rounding."""
     device = next(model.parameters()).device
+    assert plan.attention is not None
+    # Without autocast the comparison is sharper; only a backend that needs it is tried in it.
+    autocast = plan.attention.half_precision and torch.is_autocast_enabled(device.type)
     groups = _probe(_vocabulary(model))
     packed = plan.pack(groups).to(device)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=autocast):
             expected = _padded_logits(model, groups, device)
             logits = model_output(model, packed, plan).logits.flatten(0, 1)[packed.rows].float()
-    except LayoutUnsupportedError as error:
-        return str(error)
+    except LayoutUnsupportedError as unsupported:
+        return str(unsupported)
     finally:
         for module in training:
             module.training = True
     error = float((logits - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    allowed = _ROUNDINGS * _eps(next(model.parameters()).dtype, device)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
+    allowed = _ROUNDINGS * _eps(dtype, device)
     return "" if error <= allowed else f"its logits change by {error:.3g} of their size with the layout {plan.kind!r}"
 
 

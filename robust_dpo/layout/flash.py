@@ -34,6 +34,11 @@ class FlashVarlenAttention:
     ) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
+        if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8 or query.shape[-1] > 256:
+            raise LayoutUnsupportedError(
+                "flash-attn takes fp16 or bf16 and heads of a multiple of 8 up to 256, and its heads are "
+                f"{query.shape[-1]} wide in {query.dtype}"
+            )
         out, lse, _, _ = _flash_attn_varlen_forward(
             query, key, value, **_places(sequences), **_settings(scoring), return_softmax=False
         )
@@ -95,14 +100,21 @@ class VarlenMask:
     """What one kind of mask comes to, in a layout. Nothing of it depends on the layer."""
 
     groups: PackedGroups
-    causal: bool
+    model_mask: MaskFunction
 
-    @staticmethod
-    def of(groups: PackedGroups, model_mask: MaskFunction, dtype: torch.dtype) -> VarlenMask:
-        causal = model_mask is causal_mask_function or is_causal_up_to(
-            model_mask, groups.longest, groups.input_ids.device
-        )
-        return VarlenMask(groups, causal)
+    def window(self, declared: int | None) -> int | None:
+        """How many keys a query sees, where that hides something; `declared` is what the layer says.
+
+        Raises:
+            LayoutUnsupportedError: the mask is neither causal nor a declared window.
+        """
+        longest = self.groups.longest
+        if self.model_mask is causal_mask_function or (declared is not None and declared >= longest):
+            return None
+        # Asks the device, so only where neither the mask nor the layer has said it.
+        if declared is None and not is_causal_up_to(self.model_mask, longest, self.groups.input_ids.device):
+            raise LayoutUnsupportedError("its mask is neither causal nor a sliding window")
+        return declared
 
     @cached_property
     def shared(self) -> SharedPrompts:
@@ -131,7 +143,7 @@ def attend_varlen(
         query, key, value: [R, heads or kv_heads, T, D].
         mask: of the layout.
         scale, softcap: of the scores.
-        window: keys that a query sees, itself included; None for all.
+        window: keys that a query sees, itself included, as the layer declares it.
 
     Returns:
         [R, T, heads, D].
@@ -140,13 +152,17 @@ def attend_varlen(
         LayoutUnsupportedError: the model's mask is neither causal nor a sliding window.
     """
     flat = flattened(query, key, value)
-    if mask.causal:
+    window = mask.window(window)
+    if window is None:
         out = shared_prompt_attention(*flat, mask.shared, attention, scale, softcap)
-    elif window is not None:
-        out = windowed_attention(*flat, mask.windowed, attention, Scoring(scale, True, softcap, window))
     else:
-        raise LayoutUnsupportedError("its mask is neither causal nor a sliding window")
-    return out.unflatten(0, mask.groups.input_ids.shape)
+        out = windowed_attention(*flat, mask.windowed, attention, Scoring(scale, True, softcap, window))
+    rows: Tensor = out.unflatten(0, mask.groups.input_ids.shape)
+    return rows
+
+
+def _prepare(groups: PackedGroups, model_mask: MaskFunction, dtype: torch.dtype) -> VarlenMask:
+    return VarlenMask(groups, model_mask)
 
 
 def _attend(
@@ -164,7 +180,7 @@ def _attend(
     if dropout:
         raise LayoutUnsupportedError("its attention has dropout, whose pattern two merged parts do not share")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attention = FlashVarlenAttention()
+    attention: VarlenAttention = FlashVarlenAttention()
     out = attend_varlen(attention, query, key, value, mask, scale=scale, softcap=softcap, window=sliding_window)
     return out, None
 
@@ -175,4 +191,4 @@ def _why_not(device: torch.device) -> str:
     return "" if find_spec("flash_attn") else "flash-attn is not installed (pip install robust_dpo[flash])"
 
 
-FLASH = AttentionBackend("flash", VarlenMask.of, _attend, _why_not, row_tokens=None)
+FLASH = AttentionBackend("flash", _prepare, _attend, _why_not, row_tokens=None, half_precision=True)

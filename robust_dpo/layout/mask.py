@@ -51,8 +51,8 @@ def span_mask(span: GroupSpan, model_mask: MaskFunction, device: torch.device) -
     starts = [0, *(span.prompt for _ in span.responses)]
     position = torch.cat([torch.arange(start, start + run) for start, run in zip(starts, runs, strict=True)]).to(device)
     allowed = model_mask(0, 0, position[:, None], position)
-    own: Tensor = (member == 0) | (member == member[:, None])
-    return own & allowed
+    visible: Tensor = ((member == 0) | (member == member[:, None])) & allowed
+    return visible
 
 
 def is_causal_up_to(model_mask: MaskFunction, length: int, device: torch.device) -> bool:

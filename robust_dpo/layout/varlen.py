@@ -38,8 +38,8 @@ class Sequences:
 
     @staticmethod
     def of(queries: list[int], keys: list[int], device: torch.device) -> Sequences:
-        starts = [torch.tensor([0, *accumulate(lens)], dtype=torch.int32).to(device) for lens in (queries, keys)]
-        return Sequences(tuple(queries), tuple(keys), *starts)
+        starts = [torch.tensor([0, *accumulate(lens)], dtype=torch.int32) for lens in (queries, keys)]
+        return Sequences(tuple(queries), tuple(keys), *(_placed(each, device) for each in starts))
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,24 @@ class SharedPrompts:
 
 
 def _joined(places: list[Tensor], device: torch.device) -> Tensor:
-    return (torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)).to(device, non_blocking=True)
+    return _placed(torch.cat(places) if places else torch.zeros(0, dtype=torch.int64), device)
 
 
-def flattened(*projections: Tensor) -> list[Tensor]:
+def _placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for what runs there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def flattened(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each [R, heads, T, D] as [R·T, heads, D], all in one dtype: that of autocast where it is on."""
-    device = projections[0].device.type
-    dtype = projections[0].dtype
+    dtype, device = query.dtype, query.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    return [each.to(dtype).transpose(1, 2).flatten(0, 1) for each in projections]
+
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).transpose(1, 2).flatten(0, 1)
+
+    return flat(query), flat(key), flat(value)
 
 
 def shared_prompt_attention(
@@ -182,7 +190,7 @@ class _SharedPromptAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         layout, attention, own, cross = ctx.parts
         grads = attention.backward(grad, query, key, value, out, lse, layout.own, own)
@@ -261,6 +269,6 @@ class _WindowedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         attention, sequences, scoring = ctx.call
         return *attention.backward(grad, *ctx.saved_tensors, sequences, scoring), None, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
@@ -179,6 +180,10 @@ class RobustDPOConfig(TrainingArguments):
             raise argument_error("remove_unused_columns", "False: the collator needs every column", True)
         if self.batch_eval_metrics:
             raise argument_error("batch_eval_metrics", "False: evaluation solves one objective over all groups", True)
+        if self.cache_dir is not None:
+            if not isinstance(self.cache_dir, str | os.PathLike):
+                raise type_error("cache_dir", "the path of a directory, or None", self.cache_dir)
+            self.cache_dir = os.fspath(self.cache_dir)
         self._check_choices()
         self._check_counts()
         for name in OPTION_FIELDS:

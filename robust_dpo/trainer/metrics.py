@@ -51,13 +51,15 @@ def group_metrics(groups: Groups, beta: float) -> Tensor:
     others is NaN for a group of one response.
     """
     rewards = beta * (groups.mean_logps if groups.ref_logps is None else groups.log_ratios)
-    reward_chosen, reward_rejected = _chosen_and_rejected(groups, rewards)
+    ranked = _Ranked.of(groups)
+    chosen, rejected = ranked.best(rewards), ranked.mean_of_others(rewards)
     columns = [
-        reward_chosen,
-        reward_rejected,
-        _accuracy(groups, rewards),
-        reward_chosen - reward_rejected,
-        *_chosen_and_rejected(groups, groups.logps),
+        chosen,
+        rejected,
+        ranked.accuracy(rewards),
+        chosen - rejected,
+        ranked.best(groups.logps),
+        ranked.mean_of_others(groups.logps),
     ]
     return torch.stack(columns, dim=1)
 
@@ -68,7 +70,8 @@ def logp_accuracies(groups: Groups) -> Tensor:
     The accuracy of a group as in `group_metrics`, by log-prob and by log-prob per token instead of by reward; NaN for
     a group of one response.
     """
-    return torch.stack([_accuracy(groups, groups.logps), _accuracy(groups, groups.mean_logps)], dim=1)
+    ranked = _Ranked.of(groups)
+    return torch.stack([ranked.accuracy(groups.logps), ranked.accuracy(groups.mean_logps)], dim=1)
 
 
 def known_means(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -81,17 +84,34 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _chosen_and_rejected(groups: Groups, values: Tensor) -> tuple[Tensor, Tensor]:
-    """[G] the value of the best ranked response, and [G] the mean over the others (NaN if none), of values [G, K]."""
-    best = groups.order[:, :1]
-    others = groups.mask.scatter(1, best, False)
-    return values.gather(1, best).squeeze(1), values.masked_fill(~others, 0).sum(1) / others.sum(1)
+@dataclass(frozen=True)
+class _Ranked:
+    """The best ranked response of each group against the others.
 
+    Args:
+        first: [G, 1] int64, its place.
+        others: [G, K] bool, True at the others.
+    """
 
-def _accuracy(groups: Groups, values: Tensor) -> Tensor:
-    """[G] the share of the other responses whose value is below that of the best ranked one."""
-    chosen, _ = _chosen_and_rejected(groups, values)
-    return _chosen_and_rejected(groups, (chosen[:, None] > values).to(values.dtype))[1]
+    first: Tensor
+    others: Tensor
+
+    @staticmethod
+    def of(groups: Groups) -> _Ranked:
+        first = groups.order[:, :1]
+        return _Ranked(first, groups.mask.scatter(1, first, False))
+
+    def best(self, values: Tensor) -> Tensor:
+        """[G] the value of the best, of values [G, K]."""
+        return values.gather(1, self.first).squeeze(1)
+
+    def mean_of_others(self, values: Tensor) -> Tensor:
+        """[G] the mean of the others' values, NaN where there are none."""
+        return values.masked_fill(~self.others, 0).sum(1) / self.others.sum(1)
+
+    def accuracy(self, values: Tensor) -> Tensor:
+        """[G] the share of the others whose value is below that of the best."""
+        return self.mean_of_others((self.best(values)[:, None] > values).to(values.dtype))
 
 
 def robust_metrics(max_weight: Tensor, ess: Tensor, parameter: Tensor | None) -> dict[str, Tensor]:

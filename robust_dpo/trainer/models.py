@@ -64,3 +64,17 @@ def load_tokenizer(processing_class: PreTrainedTokenizerBase | None, model: nn.M
     if processing_class.pad_token_id is None:
         raise argument_error("processing_class", "a tokenizer with a padding or an end-of-sequence token", "neither")
     return processing_class
+
+
+def layer_parameters(model: Any) -> tuple[int, int]:
+    """Parameters that every token meets: those of the layers, and those of the LM head. Input embeddings are looked up.
+
+    Args:
+        model: a causal language model of transformers or peft.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = base.get_output_embeddings()
+    outside = [*base.get_input_embeddings().parameters(), *(() if head is None else head.parameters())]
+    counted = {id(parameter) for parameter in outside}
+    body = sum(parameter.numel() for parameter in base.parameters() if id(parameter) not in counted)
+    return body, 0 if head is None else sum(parameter.numel() for parameter in head.parameters())

@@ -101,6 +101,14 @@ class NonFiniteGuard(TrainerCallback):
         if self._accelerator.scaler is None:
             self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget a training that was stopped."""
+        self._window, self._norm, self._steps, self._stopped = [], None, [], None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget a step that was left in its middle."""
+        self._window, self._norm = [], None
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the step out, on the device where that is possible, if a loss of its window is not finite."""
         window, self._window = self._window, []
@@ -112,19 +120,24 @@ class NonFiniteGuard(TrainerCallback):
             found.append(norm.detach().to(found[0]))
         bad = (~torch.stack(found).isfinite()).any().float()
         bad = self._accelerator.reduce(bad, reduction="sum").clamp(max=1)
-        self._steps.append(_Step(state.global_step, bad, window))
-        optimizer = kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        step = _Step(state.global_step, bad, window)
+        optimizer = _unwrapped(kwargs["optimizer"])
         if self._skips_on_device(optimizer):
+            self._steps.append(step)
             if not self._skip:
                 bad = self._stopped = bad if self._stopped is None else torch.maximum(bad, self._stopped)
             optimizer.found_inf = bad
             if len(self._steps) >= _MOST_STEPS:
                 self.report()
         elif bool(bad):
+            self._steps.append(step)
             self.report()
             # Without gradients, rather than with zero ones: momentum and weight decay must not move the weights either.
             optimizer.zero_grad(set_to_none=True)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the flag away again; the optimizer is the user's."""
+        vars(_unwrapped(kwargs["optimizer"])).pop("found_inf", None)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report what was not logged."""
@@ -160,3 +173,8 @@ class NonFiniteGuard(TrainerCallback):
         """
         fused = isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups)
         return fused and self._accelerator.scaler is None and self._accelerator.distributed_type in _UNSHARDED
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer that accelerate wraps."""
+    return getattr(optimizer, "optimizer", optimizer)

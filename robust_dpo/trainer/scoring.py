@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from robust_dpo import ops
 from robust_dpo.layout import LayoutPlan, PackedGroups, groups_of
 from robust_dpo.layout.choice import PADDED, model_output
+from robust_dpo.layout.packing import IGNORED
 from robust_dpo.trainer.head import capture_head_input, linear_head
 from robust_dpo.trainer.self_check import HeadCheck
 
-IGNORED = -100
 Batch = dict[str, Any]
 
 

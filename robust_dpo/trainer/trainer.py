@@ -41,7 +41,7 @@ from robust_dpo.trainer.metrics import (
     seen_groups,
     widest_float,
 )
-from robust_dpo.trainer.models import add_adapter, load_model, load_tokenizer
+from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer
 from robust_dpo.trainer.nonfinite import NonFiniteGuard
 from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
@@ -81,9 +81,9 @@ class RobustDPOTrainer(CheckpointedTrainer):
     """
 
     args: RobustDPOConfig
-    data_collator: Any
     train_dataset: Dataset | None
     eval_dataset: Dataset | dict[str, Dataset] | None
+    data_collator: Any
 
     def __init__(
         self,
@@ -146,9 +146,20 @@ class RobustDPOTrainer(CheckpointedTrainer):
         self._window = self._make_window()
         self._window_ids: list[str] = []
         self._last_weights: tuple[Tensor, list[str]] | None = None
+        if not args.disable_tqdm:
+            self._print_lengths()
+
+    def _print_lengths(self) -> None:
+        """Say how long the training data is and what its layout saves."""
         # Rows that were not tokenised by tokenize_groups do not say what was cut.
-        if not args.disable_tqdm and "response_cut" in getattr(self.train_dataset, "column_names", ()):
-            self.accelerator.print(length_statistics(self.train_dataset, args.per_device_train_batch_size))
+        if "response_cut" not in getattr(self.train_dataset, "column_names", ()):
+            return
+        lengths = length_statistics(self.train_dataset, self.args.per_device_train_batch_size)
+        self.accelerator.print(lengths)
+        kind = self._scorer.layout.kind
+        if kind != "padded":
+            speedup = lengths.expected_speedup(*layer_parameters(self.model), shared=kind == "group")
+            self.accelerator.print(f"layout {kind!r}: expected {speedup:.1f} × as fast as padded batches")
 
     def _make_scorer(self, model: nn.Module, name: str) -> SequenceScorer:
         return SequenceScorer(self._check_head(model, name), self.args.backend, self._plan_layout(model, name))
@@ -162,9 +173,9 @@ class RobustDPOTrainer(CheckpointedTrainer):
         elif self.args.n_gpu > 1:
             plan = LayoutPlan("padded", reason="DataParallel cuts batches by rows; start with torchrun to pack them")
         else:
-            plan = plan_layout(
-                model, self.args.layout, attention=self.args.layout_attention, row_tokens=self.args.layout_row_tokens
-            )
+            attention, row_tokens = self.args.layout_attention, self.args.layout_row_tokens
+            with self.accelerator.autocast():
+                plan = plan_layout(model, self.args.layout, attention=attention, row_tokens=row_tokens)
         if plan.reason and self.args.layout in ("group", "packed"):
             raise argument_error("layout", f"'auto' or 'padded' for {name}: {plan.reason}", repr(self.args.layout))
         if plan.reason and self.args.layout == "auto":

@@ -60,6 +60,8 @@ def build(**options: Any) -> RobustDPOConfig:
         ),
         ({"pad_to_multiple_of": -8}, ValueError, "pad_to_multiple_of: expected at least 1, or None, got -8"),
         ({"precompute_ref_batch_size": 0}, ValueError, "precompute_ref_batch_size: expected at least 1"),
+        ({"cache_dir": 3}, TypeError, "cache_dir: expected the path of a directory, or None, got int"),
+        ({"dataset_num_proc": 0}, ValueError, "dataset_num_proc: expected at least 1, or None, got 0"),
         ({"mode": "erm", "radius": 0.1}, ValueError, "radius: expected None with mode='erm'"),
         ({"batch_eval_metrics": True}, ValueError, "batch_eval_metrics: expected False"),
         ({"remove_unused_columns": True}, ValueError, "remove_unused_columns: expected False"),
@@ -123,6 +125,13 @@ def test_does_not_warn_where_the_layout_changes_nothing(options: dict[str, Any])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(**options)
+
+
+def test_cache_dir_is_text_and_accelerate_settings_of_the_user_stay() -> None:
+    config = build(cache_dir=Path("some") / "folder", accelerator_config={"even_batches": False})
+    assert config.cache_dir == str(Path("some") / "folder")
+    assert config.accelerator_config.even_batches is False
+    assert config.accelerator_config.non_blocking is False
 
 
 def test_command_line_and_json_round_trip(tmp_path: Path) -> None:

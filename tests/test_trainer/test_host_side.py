@@ -185,3 +185,9 @@ def test_training_stops_with_the_weights_from_before(
     assert not torch.equal(spoil.after[0], spoil.after[1])
     assert all(torch.equal(weight, spoil.after[1]) for weight in spoil.after[2:])
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+    # The same trainer trains again once the cause is gone.
+    trainer.model.model.norm.weight.data[0] = spoil.healthy
+    spoil.step = -2
+    trainer.train()
+    assert not torch.equal(spoil.after[-1], spoil.after[1])
+    assert not hasattr(trainer.optimizer.optimizer, "found_inf")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,6 +326,64 @@ def test_trained_policy_resumes_with_the_cache_of_its_start(
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_half_precision_rounds_differently_and_is_still_found(
+    size: int, make: Callable[..., Any], passes: Passes
+) -> None:
+    before = stored(make(bf16=True))
+    passes.taken()
+    assert stored(make(bf16=True, precompute_ref_batch_size=size, layout="padded")) == before
+    assert passes.taken() == SAMPLE
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_trainer.conftest import _build_model, _build_rows
+from transformers import AutoTokenizer
+from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer, precompute
+
+precompute._BATCHES_PER_READ = 2
+append = precompute.Journal.append
+records = []
+
+def append_and_die(journal, values):
+    append(journal, values)
+    records.append(len(values))
+    if len(records) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+precompute.Journal.append = append_and_die
+args = RobustDPOConfig(
+    output_dir={out!r}, precompute_ref_log_probs=True, precompute_ref_batch_size=2, cache_dir={cache!r},
+    use_cpu=True, report_to="none", disable_tqdm=True,
+)
+RobustDPOTrainer(
+    _build_model(), args=args, train_dataset=_build_rows(24), processing_class=AutoTokenizer.from_pretrained({out!r})
+)
+"""
+
+
+@pytest.mark.slow
+def test_killed_process_leaves_what_the_next_one_goes_on_with(
+    make: Callable[..., Any], build_rows: Callable[..., Any], tokenizer: Any, passes: Passes, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "run")
+    places = {"tests": str(Path(__file__).parents[1]), "out": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    script = KILLED.format(**places)
+    killed = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    # Three records of two batches of two rows.
+    again = make(train_dataset=build_rows(24), precompute_ref_batch_size=5)
+    assert passes.taken() == 24 - 3 * 2 * 2
+    whole = make(train_dataset=build_rows(24), cache_dir=str(tmp_path / "other"))
+    np.testing.assert_allclose(stored(again), stored(whole), rtol=1e-5)
 
 
 def test_token_ids_are_kept_where_asked(

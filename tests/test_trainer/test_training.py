@@ -332,7 +332,11 @@ def test_bad_arguments(
 
 def test_length_statistics_are_printed_once(make_trainer: Callable[..., Any], capsys: pytest.CaptureFixture) -> None:
     make_trainer(disable_tqdm=False)
-    assert capsys.readouterr().out.count("12 groups, 24 responses") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("12 groups, 24 responses") == 1
+    assert "layout 'group': expected 1." in printed
+    make_trainer(disable_tqdm=False, layout="padded")
+    assert "expected" not in capsys.readouterr().out
     make_trainer(disable_tqdm=True)
     assert "groups" not in capsys.readouterr().out
 

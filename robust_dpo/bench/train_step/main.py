@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,11 +14,12 @@ import torch
 import yaml
 from rich.console import Console
 
-from robust_dpo.bench.machine import Machine, describe_machine
+from robust_dpo.bench.machine import describe_machine
 from robust_dpo.bench.main import words
-from robust_dpo.bench.record import Record
+from robust_dpo.bench.record import Record, Role
+from robust_dpo.bench.store import Store, run_key
 from robust_dpo.bench.tables import replace_between, rich_table
-from robust_dpo.bench.train_step.contestants import CONTESTANTS, OURS, Contestant, choose, ours_with
+from robust_dpo.bench.train_step.contestants import CONTESTANTS, choose, ours_with
 from robust_dpo.bench.train_step.data import make_workload
 from robust_dpo.bench.train_step.session import measure
 from robust_dpo.bench.train_step.setting import DTYPES, MODELS, REFERENCES, Setting
@@ -28,6 +28,7 @@ from robust_dpo.bench.train_step.targets import verdicts
 from robust_dpo.errors import DataError
 
 MARKER = "train_step"
+PAGE = "results.md"
 USAGE_ERROR = 2
 T = TypeVar("T")
 
@@ -68,7 +69,12 @@ def parse(arguments: Sequence[str] | None = None, description: str | None = None
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for train_step.json and train_step.md")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of results.json and results.md; called again with the same, comparisons are added or replaced",
+    )
     parser.add_argument("--data", type=Path, help="file of preferences; default: random token ids")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     models = [name for name in MODELS if name != "tiny"]
@@ -134,38 +140,29 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
     options = parse(arguments, description)
     console = Console(width=None if sys.stdout.isatty() else 160)
     machine = describe_machine(options.threads, options.device)
-    records: list[Record] = []
-    for setting in settings(options):
-        contestants = [each for each in options.contestants if each.takes_part(setting)]
-        try:
-            records.append(_measure(setting, contestants, options, console))
-        except DataError as error:
-            console.print(f"error: {error}", markup=False)
-            return USAGE_ERROR
-        _write(records, machine, options)
-    if found := verdicts(records):
+    try:
+        store = Store(options.out, run_key(machine), machine)
+        measured = [_measure(setting, store, options, console) for setting in settings(options)]
+    except DataError as error:
+        console.print(f"error: {error}", markup=False)
+        return USAGE_ERROR
+    if found := verdicts(measured):
         console.print(verdict_table(found))
-    console.print(f"written: {options.out / 'train_step.json'}, {options.out / 'train_step.md'}", soft_wrap=True)
-    return int(any(row.failure and row.name.startswith(OURS) for record in records for row in record.rows))
+    console.print(f"written: {store.path}, {options.out / PAGE}", soft_wrap=True)
+    return int(any(row.failure and row.role is Role.OURS for record in measured for row in record.rows))
 
 
-def _measure(
-    setting: Setting, contestants: Sequence[Contestant], options: argparse.Namespace, console: Console
-) -> Record:
+def _measure(setting: Setting, store: Store, options: argparse.Namespace, console: Console) -> Record:
+    """One comparison, printed and written down at once: who is killed keeps what was measured."""
     workload = make_workload(setting, options.data)
+    contestants = [each for each in options.contestants if each.takes_part(setting)]
     with tempfile.TemporaryDirectory(prefix="robust-dpo-bench-") as folder:
         record = measure(contestants, setting, workload, threads=options.threads, folder=Path(folder), console=console)
     console.print(rich_table(record, STEP_TERMINAL_COLUMNS))
     console.print(data_sentence(record), soft_wrap=True)
-    return record
-
-
-def _write(records: Sequence[Record], machine: Machine, options: argparse.Namespace) -> None:
-    """Both files, after every comparison: who is killed keeps what was measured."""
-    text = results_markdown(machine, records, verdicts(records))
-    content = {"machine": machine.as_dict(), "records": [record.as_dict() for record in records]}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "train_step.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (options.out / "train_step.md").write_text(text, encoding="utf-8")
+    store.put(record)
+    page = results_markdown(store)
+    (options.out / PAGE).write_text(page, encoding="utf-8")
     if options.docs:
-        replace_between(options.docs, MARKER, text)
+        replace_between(options.docs, MARKER, page)
+    return record

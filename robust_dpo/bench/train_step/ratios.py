@@ -43,6 +43,12 @@ def times(slow: Row, fast: Row) -> Spread:
     return Spread.of([a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)])
 
 
+def cpu_times(record: Record, slow: Row, fast: Row) -> Spread:
+    """The same for the time of all threads."""
+    slow_seconds, fast_seconds = (record.details["cpu_seconds"][row.name] for row in (slow, fast))
+    return Spread.of([a / b for a, b in zip(slow_seconds, fast_seconds, strict=True)])
+
+
 def rate(row: Row, amounts: list[float]) -> Spread:
     """Amount per second, from the amount in each round."""
     return Spread.of([amount / seconds for amount, seconds in zip(amounts, row.seconds, strict=True)])

@@ -69,6 +69,7 @@ def measure(
         details={
             "setting": setting.as_dict(),
             "losses": {runner.row.name: runner.losses for runner in runners},
+            "cpu_seconds": {runner.row.name: runner.cpu_seconds for runner in runners},
             "step_bytes": {runner.row.name: runner.step_bytes for runner in runners},
             "tokens": workload.tokens(setting.groups)[setting.warmups :],
             "source": workload.source,
@@ -85,6 +86,7 @@ class _Runner:
         self.contestant, self.weights = contestant, weights
         self.row = Row(contestant.name, contestant.role)
         self.losses: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.step_bytes: int | None = None
         self._worker: Worker | None = None
 
@@ -100,6 +102,7 @@ class _Runner:
         passage = self._ask()
         if passage is not None:
             self.row.seconds.append(passage.seconds)
+            self.cpu_seconds.append(passage.cpu_seconds)
 
     def finish(self) -> None:
         """Let it end, and take down its memory."""

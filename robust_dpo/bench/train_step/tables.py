@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from robust_dpo.bench.machine import Machine
 from robust_dpo.bench.record import Record, Row
+from robust_dpo.bench.report import machine_sentence
+from robust_dpo.bench.store import Store
 from robust_dpo.bench.tables import COLUMNS, TERMINAL_COLUMNS, Cell, markdown_lines, markdown_table, number
 from robust_dpo.bench.train_step.contestants import PLAIN
-from robust_dpo.bench.train_step.ratios import Spread, find, memory, ours, rate, times
-from robust_dpo.bench.train_step.targets import Verdict
+from robust_dpo.bench.train_step.ratios import Spread, cpu_times, find, memory, ours, rate, times
+from robust_dpo.bench.train_step.setting import DTYPES, MODELS, REFERENCES
+from robust_dpo.bench.train_step.targets import Verdict, verdicts
 
 _VERDICT = ("comparison", "target", "wanted", "found", "met")
 
@@ -41,6 +43,11 @@ def _times_ours(row: Row, record: Record) -> str:
     return _spread(times(row, us)) if us is not None and row.seconds and row is not us else ""
 
 
+def _cpu_times_ours(row: Row, record: Record) -> str:
+    us = ours(record)
+    return "" if us is None or not row.seconds or row is us else f"{cpu_times(record, row, us).median:.2f}"
+
+
 def _gib(count: int | None) -> str:
     return "" if count is None else f"{count / 2**30:.2f}"
 
@@ -57,6 +64,7 @@ STEP_COLUMNS: dict[str, Cell] = {
     "groups/s": _rate(_groups),
     "tokens/s": _rate(_tokens),
     "time, × ours: median [min–max]": _times_ours,
+    "CPU time, × ours": _cpu_times_ours,
     "peak memory, GiB": lambda row, record: _gib(row.extra_bytes),
     "of it for a step": lambda row, record: _gib(record.details["step_bytes"].get(row.name)),
     "peak, × plain": _of_plain,
@@ -69,6 +77,7 @@ STEP_TERMINAL_COLUMNS: dict[str, Cell] = {
     "groups/s": STEP_COLUMNS["groups/s"],
     "tok/s": STEP_COLUMNS["tokens/s"],
     "time × ours": _times_ours,
+    "CPU": _cpu_times_ours,
     "GiB": STEP_COLUMNS["peak memory, GiB"],
     "step": STEP_COLUMNS["of it for a step"],
     "× plain": _of_plain,
@@ -100,11 +109,12 @@ def data_sentence(record: Record) -> str:
     )
 
 
-def results_markdown(machine: Machine, records: Sequence[Record], verdicts: Sequence[Verdict]) -> str:
+def results_markdown(store: Store) -> str:
     """Everything: machine, verdict, then one table for each comparison."""
-    parts = [f"Measured on {machine.sentence}"]
-    if verdicts:
-        parts.append(markdown_lines(list(_VERDICT), [_verdict_cells(each) for each in verdicts]))
+    records = sorted(store.records.values(), key=_order)
+    parts = [f"Measured on {machine_sentence(store)}"]
+    if found := verdicts(records):
+        parts.append(markdown_lines(list(_VERDICT), [_verdict_cells(each) for each in found]))
     for record in records:
         setting = record.details["setting"]
         rounds = (
@@ -112,3 +122,14 @@ def results_markdown(machine: Machine, records: Sequence[Record], verdicts: Sequ
         )
         parts += [f"### {record.title}", markdown_table(record, STEP_COLUMNS), f"{rounds} {data_sentence(record)}"]
     return "\n\n".join(parts) + "\n"
+
+
+def _order(record: Record) -> tuple[int, ...]:
+    """Small models first, pairs before lists, live before precomputed, fp32 before bf16."""
+    setting = record.details["setting"]
+    return (
+        list(MODELS).index(setting["model"]["name"]),
+        setting["responses"],
+        REFERENCES.index(setting["reference"]),
+        DTYPES.index(setting["dtype"]),
+    )

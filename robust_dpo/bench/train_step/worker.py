@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import datasets
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -39,8 +41,7 @@ class Finished:
 def train(connection: Connection, contestant: Contestant, setting: Setting, rows: list[Row], weights: Path) -> None:
     """Take all steps, one whenever the parent asks; then save the weights and report."""
     use_one_gpu()
-    # What the libraries will remove one day is not the reader's business.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    _hush()
     device = setting.torch_device
     if contestant.wider is not None:
         setting = replace(setting, dtype=contestant.wider[1])
@@ -52,6 +53,13 @@ def train(connection: Connection, contestant: Contestant, setting: Setting, rows
     connection.send(None if peak is None else Finished(peak[0] - libraries, peak[0] - turnstile.resident, peak[1]))
     # Not gone before the parent says so: it writes to this process last.
     connection.recv()
+
+
+def _hush() -> None:
+    """No progress bars between the tables, and nothing about what the libraries will remove one day."""
+    os.environ["TQDM_DISABLE"] = "1"
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def weights_of(model: PreTrainedModel) -> Weights:
