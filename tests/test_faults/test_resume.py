@@ -14,7 +14,7 @@ import pytest
 import torch
 from faulty_runs import Run, assert_same_end
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from robust_dpo.checkpoints import CheckpointError, write_manifest
 from robust_dpo.errors import DataError
@@ -261,3 +261,14 @@ def test_rotation_keeps_the_last_ones(limit: int, tmp_path: Path) -> None:
     assert sorted(path.name for path in run.folder.iterdir()) == [
         f"checkpoint-{9 - step}" for step in range(limit, 0, -1)
     ]
+
+
+def test_checkpoint_is_pushed_from_where_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upload runs on in the background, so it must not read what is moved away."""
+    pushed: list[Path] = []
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append(Path(folder)))
+    run = Run(tmp_path / "run", options={"max_steps": 2})
+    trainer = run.trainer()
+    trainer.args.push_to_hub, trainer.push_in_progress = True, None
+    trainer.train()
+    assert pushed == [run.folder / "checkpoint-2"]
