@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from faulty_runs import Run, assert_same_end, changes, finish, has_checkpoint, start
@@ -65,12 +65,26 @@ def _kill_and_resume(run: Run, whole: Run, place: int) -> None:
     assert_same_end(run, whole)
 
 
+def _writes_a_checkpoint(run: Run, since: float) -> bool:
+    """Whether a checkpoint is half written, and not by a process that ended before."""
+    try:
+        return any(path.stat().st_mtime > since for path in run.folder.glob(".incomplete/checkpoint-*"))
+    except FileNotFoundError:  # just whole
+        return False
+
+
 def _soak(run: Run, whole: Run, kills: int, rng: random.Random) -> tuple[int, int]:
     """Kill and resume a run until it ends or has been killed often enough; kills, and those during a write."""
     killed = during_write = 0
     while killed < kills:
+        begun = time.time()
         process = start(run, has_checkpoint(run))
-        process.join(rng.uniform(0.1, 0.9))
+        if rng.random() < 0.5:
+            process.join(rng.uniform(0.1, 0.9))
+        else:
+            while process.is_alive() and not _writes_a_checkpoint(run, begun):
+                process.join(0.001)
+            process.join(rng.uniform(0, 0.03))
         process.kill()
         process.join()
         if process.exitcode == 0:
@@ -87,8 +101,8 @@ def _soak(run: Run, whole: Run, kills: int, rng: random.Random) -> tuple[int, in
 @pytest.mark.parametrize(
     "cycles", [50, pytest.param(1000, marks=pytest.mark.exhaustive)], ids=lambda cycles: f"{cycles}-kills"
 )
-def test_soak(cycles: int, whole_run: Callable[..., Run], tmp_path: Path, record_property: Any) -> None:
-    """SIGKILL at random moments, in runs of different kinds, until there were as many as asked for."""
+def test_soak(cycles: int, whole_run: Callable[..., Run], tmp_path: Path) -> None:
+    """SIGKILL at random moments in runs of different kinds; half of them soon after a checkpoint was begun."""
     seed = random.randrange(1 << 30)
     rng = random.Random(seed)
     killed = during_write = 0
@@ -98,5 +112,4 @@ def test_soak(cycles: int, whole_run: Callable[..., Run], tmp_path: Path, record
         more, writes = _soak(run, whole_run(model, **options), cycles - killed, rng)
         killed, during_write = killed + more, during_write + writes
         shutil.rmtree(run.folder, ignore_errors=True)
-    record_property("killed during a write", during_write)
-    assert during_write > cycles // 20, f"seed {seed}: of {killed} kills {during_write} were during a write"
+    assert during_write > cycles // 10, f"seed {seed}: of {killed} kills {during_write} were during a write"
