@@ -3,8 +3,8 @@
     python benchmarks/exactness_cost.py --docs docs/exactness.md
 
 Every contestant takes steps of 16 pairs in 4 micro-batches, a few at a time, round after round. The table has medians
-of all steps but the first of each turn, as ratios to plain DPO: a mean over each micro-batch by itself. CPU time is that
-of all threads, and says more than the clock where others use the same cores.
+of all steps but the first of each turn, as ratios to plain DPO: a mean over each micro-batch by itself. CPU time is
+that of all threads, and says more than the clock where others use the same cores.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def table(seconds: dict[str, list[tuple[float, float]]], chosen: Setting) -> str
     base = [statistics.median(values) for values in zip(*seconds[PLAIN], strict=True)]
     lines = [
         f"{chosen.model.name} model ({chosen.model.vocab:,} × {chosen.model.hidden}, {chosen.model.layers} layers), "
-        f"{GROUPS} pairs in {MICRO_BATCHES} micro-batches, fp32, {chosen.device}, {torch.get_num_threads()} threads, "
+        f"{GROUPS} pairs in {MICRO_BATCHES} micro-batches, fp32, {chosen.device}, threads: {torch.get_num_threads()}, "
         f"{len(seconds[PLAIN])} steps of each, in turns; ratios of medians, and of their quartiles:",
         "",
         "| | CPU time of a step | time of a step |",
