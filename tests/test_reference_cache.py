@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from robust_dpo.data import PreferenceCollator
 from robust_dpo.reference_cache import (
     BrokenEntry,
     CacheKey,
     Journal,
     ReferenceCache,
+    base_tensors,
+    collator_fingerprint,
     configuration_fingerprint,
     exclusive_journal,
     model_tensors,
     weights_fingerprint,
 )
 
-KEY = CacheKey(*(name * 4 for name in "abcdefgh"))
+KEY = CacheKey(*(name * 4 for name in "abcdefghi"))
 SIZES = np.array([2, 3, 1, 2])
 DIGEST = KEY.digest
 
@@ -126,6 +130,55 @@ def test_scale_of_an_adapter_counts_where_it_takes_part() -> None:
     assert len(with_adapter) == 2
     bases = {configuration_fingerprint(model.get_base_model(), adapters=False) for model in (small, large)}
     assert len(bases) == 1
+
+
+def test_adapters_of_transformers_count_too() -> None:
+    def adapted(alpha: int) -> Any:
+        model = tiny_llama()
+        model.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"]))
+        return model
+
+    disabled = adapted(4)
+    disabled.disable_adapters()
+    models = [adapted(4), adapted(8), disabled, tiny_llama()]
+    assert len({configuration_fingerprint(model, adapters=True) for model in models}) == 4
+    assert configuration_fingerprint(adapted(4), adapters=True) == configuration_fingerprint(models[0], adapters=True)
+
+
+ADAPTERS = {
+    "lora": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    "dora": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", use_dora=True),
+    "saved modules": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"]),
+    "shared buffers": VeraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "scales": IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    "virtual tokens": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    "prompts of layers": AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_tensors_outside_of_the_adapter(name: str) -> None:
+    """All of them, trained or not, and none of the adapter's."""
+    plain = tiny_llama(tie_word_embeddings=False)
+    expected = sorted(tensor.sum().item() for tensor in model_tensors(plain).values())
+    adapted = get_peft_model(plain, copy.deepcopy(ADAPTERS[name]))
+    for trained in (True, False):
+        adapted.requires_grad_(trained)
+        assert sorted(tensor.sum().item() for tensor in base_tensors(adapted).values()) == expected
+
+
+@dataclass(frozen=True)
+class _Collator(PreferenceCollator):
+    mask_ends: bool = False
+
+
+def test_collators_are_told_apart() -> None:
+    known = [PreferenceCollator(), _Collator(), _Collator(mask_ends=True), lambda rows: {}]
+    assert len({collator_fingerprint(each) for each in known}) == 4
+    assert collator_fingerprint(_Collator(mask_ends=True)) == collator_fingerprint(known[2])
+    assert collator_fingerprint(PreferenceCollator(3, 8)) == collator_fingerprint(known[0])
+    with pytest.raises(ValueError, match="data_collator: expected one that can be pickled"):
+        collator_fingerprint(row for row in [])
 
 
 def _configuration_of_adapter(_: int) -> str:

@@ -64,9 +64,12 @@ def register_backend(backend: AttentionBackend) -> AttentionBackend:
     def mask(mask_function: MaskFunction, dtype: torch.dtype = torch.float32, **_: Any) -> Any:
         return backend.prepare(_ACTIVE.get(), mask_function, dtype)
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        _refuse(module, query, key, mask, options)
-        return backend.attend(module, query, key, value, mask, **options)
+    # Some models name the mask, so it is called what transformers calls it.
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> Any:
+        _refuse(module, query, key, attention_mask, options)
+        return backend.attend(module, query, key, value, attention_mask, **options)
 
     _BACKENDS[backend.name] = backend
     AttentionInterface.register(backend.implementation, attend)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,23 +61,31 @@ PADDED = LayoutPlan("padded")
 
 
 def plan_layout(
-    model: nn.Module, layout: str = "auto", *, attention: str = "auto", row_tokens: int | None = None
+    model: nn.Module,
+    layout: str = "auto",
+    *,
+    attention: str = "auto",
+    row_tokens: int | None = None,
+    trains: bool = True,
 ) -> LayoutPlan:
     """The layout that the model is run in.
 
     A layout other than "padded" is compared with it on a tiny batch, in eval mode and without gradients, and not taken
-    where the logits differ by more than rounding. Where none can be taken the plan is "padded", with the `reason`. Of
-    several attention backends the first is taken that passes.
+    where the logits differ by more than rounding. A model that trains is then run in training mode, forward and
+    backward. Where no layout can be taken the plan is "padded", with the `reason`. Of several attention backends the
+    first is taken that passes.
 
     Args:
         model: a causal language model, not wrapped, on its device.
         layout: one of LAYOUTS; "auto" takes the first that the model can.
         attention: name of a backend, or "auto".
         row_tokens: places of a row; None takes the backend's own.
+        trains: whether gradients will flow through the model, with its dropout.
 
     Raises:
         ValueError: an argument is no such name.
         RuntimeError: the attention backend cannot run on the model's device.
+        Exception: what the model raises with a backend that was asked for by name.
     """
     if layout not in LAYOUTS:
         raise argument_error("layout", f"one of {', '.join(LAYOUTS)}", repr(layout))
@@ -90,7 +99,7 @@ def plan_layout(
     for kind in ("group", "packed") if layout == "auto" else (layout,):
         for backend in backends:
             plan = LayoutPlan(kind, backend, backend.row_tokens if row_tokens is None else row_tokens)
-            found = _why_not(model, plan) if len(backends) > 1 else why_layouts_differ(model, plan)
+            found = _why_not(model, plan, trains=trains, may_fail=attention == "auto")
             if not found:
                 # What kept it from "group"; for "packed" by name there is nothing to say.
                 return replace(plan, reason="" if kind in ("group", layout) else reasons[0])
@@ -98,14 +107,19 @@ def plan_layout(
     return LayoutPlan("padded", reason=reasons[0])
 
 
-def _why_not(model: nn.Module, plan: LayoutPlan) -> str:
-    """As `why_layouts_differ`, where another backend stands by for one whose kernels do not take the model."""
+def _why_not(model: nn.Module, plan: LayoutPlan, *, trains: bool, may_fail: bool) -> str:
+    """Why the model does not take a plan; a failure is such a reason where another plan may stand by."""
     assert plan.attention is not None
     try:
-        return why_layouts_differ(model, plan)
-    except (RuntimeError, NotImplementedError, ValueError) as failure:
-        logger.warning("layout_attention %r fails on this model: %s", plan.attention.name, failure)
-        return f"attention {plan.attention.name!r} fails on it"
+        return why_layouts_differ(model, plan) or (why_not_trained(model, plan) if trains else "")
+    # What runs here is the code of any model: one that looks into its mask raises what it likes, and still trains in
+    # padded batches.
+    except Exception as failure:
+        if not may_fail:
+            raise
+        name, kind = plan.attention.name, type(failure).__name__
+        logger.warning("layout_attention %r fails on this model: %s: %s", name, kind, failure)
+        return f"attention {name!r} fails on it"
 
 
 def why_not_packed(model: Any) -> str:
@@ -123,6 +137,8 @@ def why_not_packed(model: Any) -> str:
     kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS
     if kinds:
         return f"it has layers of the kind {', '.join(sorted(kinds))}"
+    if getattr(base.config.get_text_config(), "attn_temperature_tuning", False):
+        return "its attention is scaled by the place in the row"
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "it takes no position_ids"
     return ""
@@ -136,21 +152,61 @@ def why_layouts_differ(model: nn.Module, plan: LayoutPlan) -> str:
     autocast = plan.attention.half_precision and torch.is_autocast_enabled(device.type)
     groups = _probe(_vocabulary(model))
     packed = plan.pack(groups).to(device)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=autocast):
+        with _mode(model, training=False), torch.no_grad(), torch.autocast(device.type, enabled=autocast):
             expected = _padded_logits(model, groups, device)
             logits = model_output(model, packed, plan).logits.flatten(0, 1)[packed.rows].float()
     except LayoutUnsupportedError as unsupported:
         return str(unsupported)
-    finally:
-        for module in training:
-            module.training = True
     error = float((logits - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     dtype = torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
     allowed = _ROUNDINGS * _eps(dtype, device)
     return "" if error <= allowed else f"its logits change by {error:.3g} of their size with the layout {plan.kind!r}"
+
+
+def why_not_trained(model: Any, plan: LayoutPlan) -> str:
+    """Run a tiny batch as planned, in training mode, forward and backward; why that cannot be, empty where it can.
+
+    Gradients are taken of the embedded tokens only: every layer runs backward, and no parameter gets a gradient.
+    """
+    device = next(model.parameters()).device
+    packed = plan.pack(_probe(_vocabulary(model))).to(device)
+    embedded: list[Tensor] = []
+
+    def start(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
+        embedded.append(hidden.detach().requires_grad_())
+        # No leaf, which a model may not change in place.
+        return embedded[-1] * 1
+
+    handle = model.get_input_embeddings().register_forward_hook(start)
+    # What dropout draws here must not change what training draws.
+    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    try:
+        with generators, _mode(model, training=True), torch.enable_grad():
+            logits = model_output(model, packed, plan).logits
+            torch.autograd.grad(logits.float().sum(), embedded, allow_unused=True)
+    except LayoutUnsupportedError as unsupported:
+        return str(unsupported)
+    finally:
+        handle.remove()
+    return ""
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Inside, every module is in one mode and none is checkpointed (some forms allow only whole backward passes)."""
+    modes = [(module, module.training) for module in model.modules()]
+    checkpointed: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    model.train(training)
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module in checkpointed:
+            module.gradient_checkpointing = True
 
 
 def model_output(model: nn.Module, groups: PackedGroups, plan: LayoutPlan) -> Any:

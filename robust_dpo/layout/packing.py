@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -20,10 +20,18 @@ _ON_HOST = ("seq_lens", "group_sizes")
 
 
 class Group(NamedTuple):
-    """A prompt and its responses as token ids, none of them empty."""
+    """A prompt and its responses as token ids, none of them empty.
+
+    Args:
+        prompt: what the responses share.
+        responses: what follows it.
+        labels: of each response, what its tokens count as: themselves, or IGNORED where they are read and not
+            scored; None: all count.
+    """
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
+    labels: Sequence[Sequence[int]] | None = None
 
 
 class GroupSpan(NamedTuple):
@@ -57,7 +65,7 @@ class PackedGroups:
         group_ids: [R, T] int64, the group of each token, in the order of `spans`; -1 where nothing is.
         response_ids: [R, T] int64, 0 in a prompt, else 1 + index of the response within its group.
         rows: [N] int64, flat place that predicts each token of the responses, responses in the order of the batch.
-        targets: [N] int64, those tokens.
+        targets: [N] int64, those tokens; IGNORED where one does not count.
         seq_lens: [S] int64 on the CPU, tokens of each response; they sum to N.
         group_sizes: [G] int64 on the CPU, responses of each group of the batch.
         spans: where the groups stand, in the order of the batch.
@@ -135,6 +143,7 @@ def pack_groups(groups: Sequence[Group], *, shared: bool = True, row_tokens: int
         flat[2, columns] = index
         flat[3, columns] = torch.tensor(members)
     responses = [response for group in groups for response in group.responses]
+    targets = [labels for group in groups for labels in group.labels or group.responses]
     input_ids, position_ids, group_ids, response_ids = flat.view(4, count, width).unbind(0)
     return PackedGroups(
         input_ids=input_ids,
@@ -142,7 +151,7 @@ def pack_groups(groups: Sequence[Group], *, shared: bool = True, row_tokens: int
         group_ids=group_ids,
         response_ids=response_ids,
         rows=torch.tensor(rows),
-        targets=torch.tensor([token for response in responses for token in response]),
+        targets=torch.tensor([token for response in targets for token in response]),
         seq_lens=torch.tensor([len(response) for response in responses]),
         group_sizes=torch.tensor([len(group.responses) for group in groups]),
         spans=spans,
@@ -170,25 +179,41 @@ def first_fit(lengths: Sequence[int], width: int) -> tuple[list[int], int, int]:
 
 
 def groups_of(batch: dict[str, Any]) -> list[Group]:
-    """The groups of a padded batch as `PreferenceCollator` makes it. Reads the batch on the host.
+    """The groups of a padded batch, whoever made it. Reads the batch on the host.
+
+    The prompt of a group is what its rows begin with alike, up to the first label of any. Whatever follows belongs to
+    the responses, so that a token without a label (a turn of a tool, a masked end of sequence) stays where it is.
 
     Raises:
-        ValueError: responses of a group have different prompts.
+        ValueError: rows of a group have no first token in common, or a row has less than two tokens.
     """
     ids, real, labels = (batch[name].tolist() for name in ("input_ids", "attention_mask", "labels"))
-    prompts: list[list[int]] = []
-    responses: list[list[int]] = []
+    rows = []
     for tokens, present, wanted in zip(ids, real, labels, strict=True):
         kept = [(token, label) for token, here, label in zip(tokens, present, wanted, strict=True) if here]
-        prompts.append([token for token, label in kept if label == IGNORED])
-        responses.append([token for token, label in kept if label != IGNORED])
+        rows.append(([token for token, _ in kept], [label for _, label in kept]))
     stops = [*accumulate(batch["group_sizes"].tolist())]
-    members = [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
-    return [Group(_common(prompts[each]), responses[each]) for each in members]
+    return [_group(rows[start:stop]) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
-def _common(prompts: Iterable[list[int]]) -> list[int]:
-    first, *rest = prompts
-    if any(prompt != first for prompt in rest):
-        raise argument_error("batch", "one prompt for all responses of a group", "different ones")
-    return first
+def _group(rows: Sequence[tuple[list[int], list[int]]]) -> Group:
+    """The group of rows given as (tokens, labels)."""
+    cut = min(_prompt_length(tokens, labels) for tokens, labels in rows)
+    first = rows[0][0]
+    cut = min(_common_length(first[:cut], tokens) for tokens, _ in rows)
+    if cut < 1:
+        raise argument_error("batch", "a prompt for all responses of a group (else use layout='padded')", "none")
+    return Group(first[:cut], [tokens[cut:] for tokens, _ in rows], [labels[cut:] for _, labels in rows])
+
+
+def _prompt_length(tokens: list[int], labels: list[int]) -> int:
+    """Tokens before the first label that something predicts; a row without any keeps one token as its response."""
+    last = len(tokens) - 1
+    return next((place for place in range(1, last) if labels[place] != IGNORED), last)
+
+
+def _common_length(prompt: list[int], tokens: list[int]) -> int:
+    """How many tokens the two begin with alike."""
+    return next(
+        (place for place, (one, other) in enumerate(zip(prompt, tokens, strict=False)) if one != other), len(prompt)
+    )

@@ -1,6 +1,8 @@
 """Log-probs of a reference over a data set, kept on disk: what identifies them, how they are stored and checked."""
 
 from robust_dpo.reference_cache.fingerprint import (
+    base_tensors,
+    collator_fingerprint,
     configuration_fingerprint,
     model_tensors,
     weights_fingerprint,
@@ -15,6 +17,8 @@ __all__ = [
     "CacheKey",
     "Journal",
     "ReferenceCache",
+    "base_tensors",
+    "collator_fingerprint",
     "configuration_fingerprint",
     "exclusive_journal",
     "model_tensors",

@@ -22,6 +22,7 @@ class CacheKey:
         head: how logits come from hidden states: route, softcap, scale; readable.
         autocast: dtype of the arithmetic where it is not that of the weights, or "none".
         rows: hash of the token ids.
+        collator: class and hash of what makes batches of them.
         format: of the file.
     """
 
@@ -33,6 +34,7 @@ class CacheKey:
     head: str
     autocast: str
     rows: str
+    collator: str
     format: int = FORMAT
 
     @property

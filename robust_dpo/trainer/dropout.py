@@ -11,13 +11,15 @@ from torch import nn
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, in place.
 
-    Attention layers hold theirs as a plain number, `attention_dropout`, which they hand to the attention function.
+    Layers also hold some as plain numbers, which they hand to functions: `attention_dropout`, `attn_dropout`,
+    `hidden_dropout`, `attn_pdrop` and the like.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(module.__dict__.get("attention_dropout"), float):
-            module.__dict__["attention_dropout"] = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+                setattr(module, name, 0.0)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from robust_dpo.trainer.metrics import widest_float
+
 logger = logging.getLogger(__name__)
 
 _Losses: TypeAlias = "tuple[Tensor, Tensor, list[str]]"
@@ -87,11 +89,17 @@ class NonFiniteGuard(TrainerCallback):
         self._steps: list[_Step] = []
         self._stopped: Tensor | None = None
         self._norm: Tensor | None = None
+        self._value: Tensor | None = None
+        self._counted: Tensor | None = None
         self.skipped_steps = 0
 
     def watch(self, loss: Tensor, group_losses: Tensor, ids: list[str]) -> None:
         """Remember the loss [] and the group losses [G] of a micro-batch. Reads nothing from the device."""
         self._window.append((loss.detach(), group_losses, ids))
+
+    def watch_step(self, value: Tensor) -> None:
+        """Remember the objective [] of the step. Reads nothing from the device."""
+        self._value = value.to(widest_float(value.device))
 
     def watch_norm(self, norm: Tensor) -> None:
         """Remember the norm [] of the gradients of the step. Reads nothing from the device.
@@ -103,23 +111,32 @@ class NonFiniteGuard(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget a training that was stopped."""
-        self._window, self._norm, self._steps, self._stopped = [], None, [], None
+        self._forget_step()
+        self._steps, self._stopped, self._counted = [], None, None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget a step that was left in its middle."""
-        self._window, self._norm = [], None
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._window, self._norm, self._value = [], None, None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the step out, on the device where that is possible, if a loss of its window is not finite."""
-        window, self._window = self._window, []
+        window, value = self._window, self._value
         if not window:
             return
-        norm, self._norm = self._norm, None
         found = [loss for loss, _, _ in window]
-        if norm is not None:
-            found.append(norm.detach().to(found[0]))
+        if self._norm is not None:
+            found.append(self._norm.detach().to(found[0]))
         bad = (~torch.stack(found).isfinite()).any().float()
         bad = self._accelerator.reduce(bad, reduction="sum").clamp(max=1)
+        self._forget_step()
+        if value is not None:
+            # Not finite on a rank that has nothing of its own in the step.
+            counts = (bad == 0) & value.isfinite()
+            counted = torch.stack([value.where(counts, 0), counts.to(value)])
+            self._counted = counted if self._counted is None else self._counted + counted
         step = _Step(state.global_step, bad, window)
         optimizer = _unwrapped(kwargs["optimizer"])
         if self._skips_on_device(optimizer):
@@ -132,6 +149,9 @@ class NonFiniteGuard(TrainerCallback):
         elif bool(bad):
             self._steps.append(step)
             self.report()
+            if self._accelerator.scaler is not None and not args.max_grad_norm:
+                # Clipping would have done so; the scaler takes no step of gradients that it has not looked at.
+                self._accelerator.unscale_gradients(kwargs["optimizer"])
             # Without gradients, rather than with zero ones: momentum and weight decay must not move the weights either.
             optimizer.zero_grad(set_to_none=True)
 
@@ -142,6 +162,16 @@ class NonFiniteGuard(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report what was not logged."""
         self.report()
+
+    def mean_loss(self) -> float:
+        """Mean loss of the training's optimizer steps that were not left out, over all ranks; NaN if there is none.
+
+        One reduction, one read.
+        """
+        if self._counted is None:
+            return float("nan")
+        total, steps = self._accelerator.reduce(self._counted, reduction="sum").tolist()
+        return float(total / steps) if steps else float("nan")
 
     def report(self) -> None:
         """Learn of the steps since the last call, with one read.

@@ -29,6 +29,7 @@ from robust_dpo.reference_cache import (
     CacheKey,
     Journal,
     ReferenceCache,
+    collator_fingerprint,
     exclusive_journal,
 )
 from robust_dpo.trainer.data import TokenRecipe
@@ -116,6 +117,7 @@ class Precomputation:
             head=json.dumps(head),
             autocast=self.accelerator.mixed_precision,
             rows=rows_fingerprint(dataset),
+            collator=collator_fingerprint(self.collator),
         )
 
     def _usable(self, key: CacheKey, dataset: Dataset, lengths: TokenLengths, name: str) -> bool:

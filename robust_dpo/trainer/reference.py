@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from robust_dpo.reference_cache import configuration_fingerprint, model_tensors, weights_fingerprint
+from robust_dpo.reference_cache import base_tensors, configuration_fingerprint, model_tensors, weights_fingerprint
 from robust_dpo.trainer.dropout import evaluating
 from robust_dpo.trainer.scoring import Batch, SequenceScorer
 
@@ -87,10 +87,8 @@ class PolicyWithoutAdapter:
 
     @staticmethod
     def of(policy: PeftModel, scorer: SequenceScorer) -> PolicyWithoutAdapter:
-        """What is left of `policy`: its weights that training leaves alone."""
-        trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-        left = {name: tensor for name, tensor in model_tensors(policy).items() if name not in trained}
-        return PolicyWithoutAdapter(scorer, Identity.of(policy.get_base_model(), left, adapters=False))
+        """What is left of `policy`: its weights from before the adapter."""
+        return PolicyWithoutAdapter(scorer, Identity.of(policy.get_base_model(), base_tensors(policy), adapters=False))
 
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         peft_model = _unwrap(policy)

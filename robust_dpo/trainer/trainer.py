@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from robust_dpo import ops
 from robust_dpo.checkpoints import CheckpointedTrainer, RunRecord
@@ -134,7 +134,8 @@ class RobustDPOTrainer(CheckpointedTrainer):
         self.objective = args.objective()
         self._reward_beta = args.reward_beta
         self._scorer = self._make_scorer(self.model, "the model")
-        if isinstance(self.data_collator, PreferenceCollator):
+        # A subclass may change a batch, and what is laid out has to be what it gives.
+        if type(self.data_collator) is PreferenceCollator:
             self.data_collator = self.data_collator.for_layout(self._scorer.layout)
         self.reference = self._build_reference(ref_model)
         self._reference_weights = None if self.reference is None else self.reference.identity.weights
@@ -175,7 +176,13 @@ class RobustDPOTrainer(CheckpointedTrainer):
         else:
             attention, row_tokens = self.args.layout_attention, self.args.layout_row_tokens
             with self.accelerator.autocast():
-                plan = plan_layout(model, self.args.layout, attention=attention, row_tokens=row_tokens)
+                plan = plan_layout(
+                    model,
+                    self.args.layout,
+                    attention=attention,
+                    row_tokens=row_tokens,
+                    trains=model is self.model,
+                )
         if plan.reason and self.args.layout in ("group", "packed"):
             raise argument_error("layout", f"'auto' or 'padded' for {name}: {plan.reason}", repr(self.args.layout))
         if plan.reason and self.args.layout == "auto":
@@ -362,6 +369,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
             parameter = solution.parameter if self.args.weighs_groups else None
             self._means.add(known | robust_metrics(solution.max_weight, solution.ess, parameter))
             self._last_weights = solution.weights, self._window_ids
+            self._guard.watch_step(solution.value)
             self._step_loss = solution.value
 
     def get_batch_samples(
@@ -441,12 +449,21 @@ class RobustDPOTrainer(CheckpointedTrainer):
         """As in transformers; logs of training get the metrics gathered since the last one."""
         if "loss" in logs:
             self._guard.report()
-            logs = {**logs, **self._means.pop(self.accelerator)}
+            # transformers counts what is not finite as 0, and RunningMeans knows no mean of nothing.
+            logs = {**logs, "loss": float("nan"), **self._means.pop(self.accelerator)}
             if self.args.on_nonfinite == "skip":
                 logs["robust/skipped_steps"] = self._guard.skipped_steps
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("largest weights of the last step: %s", self.worst_groups())
+        if "train_loss" in logs:
+            logs = {**logs, "train_loss": self._guard.mean_loss()}
         super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in transformers; the training loss is the mean of the steps that were not left out."""
+        output: TrainOutput = super().train(*args, **kwargs)
+        loss = self._guard.mean_loss()
+        return output._replace(training_loss=loss, metrics={**output.metrics, "train_loss": loss})
 
     def stateful_parts(self) -> dict[str, Stateful]:
         """The count of skipped steps, and the state of an objective that has one."""

@@ -43,7 +43,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-learned-positions": ("GPT2Config", {**_GPT2, "n_positions": 256}),
     "llama4-chunks": (
         "Llama4TextConfig",
-        {**_SHAPE, "head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 6, "num_local_experts": 2},
+        {
+            **_SHAPE,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 6,
+            "num_local_experts": 2,
+            "attn_temperature_tuning": False,
+        },
     ),
 }
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from layout_primitives import TorchVarlenAttention
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from robust_dpo.layout import Group, LayoutPlan, LayoutUnsupportedError, attending, pack_groups, resolve_backend
+from robust_dpo.layout import Group, LayoutPlan, LayoutUnsupportedError, attending, flex, pack_groups, resolve_backend
 from robust_dpo.layout.choice import model_output
 from robust_dpo.layout.cpu_varlen import CpuVarlenAttention
 from robust_dpo.layout.dense import SDPA
@@ -92,6 +93,23 @@ def test_block_mask_holds_the_same_function(kind: str, packed: PackedGroups) -> 
     index = [torch.arange(rows)[:, None, None], torch.zeros(1, 1, 1, dtype=torch.int64)]
     found = mask.mask_mod(*index, torch.arange(width)[:, None], torch.arange(width))
     assert torch.equal(found, dense_mask(packed, MASKS[kind])[:, 0])
+
+
+@pytest.mark.parametrize("entries", [1, 1 << 17, 1 << 24], ids=["block row by block row", "some rows", "at once"])
+@pytest.mark.parametrize("kind", list(MASKS))
+def test_block_mask_in_strips_is_that_of_torch(kind: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "_ENTRIES", entries)
+    groups = [Group([1] * prompt, [[2] * size for size in sizes]) for prompt, *sizes in ((300, 150, 140), (40, 5, 70))]
+    packed = pack_groups(groups, row_tokens=620)
+    rows, width = packed.input_ids.shape
+    ours = block_mask(packed, MASKS[kind])
+    expected = create_block_mask(ours.mask_mod, rows, None, width, width, device="cpu")
+    assert ours.shape == expected.shape
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, places = (getattr(expected, f"{name}_{what}") for what in ("num_blocks", "indices"))
+        assert torch.equal(getattr(ours, f"{name}_num_blocks"), counts)
+        named = torch.arange(places.shape[-1]) < counts[..., None]
+        assert torch.equal(getattr(ours, f"{name}_indices") * named, places * named)
 
 
 def test_is_causal_up_to_the_window() -> None:

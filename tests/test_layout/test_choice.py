@@ -13,7 +13,16 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from robust_dpo.layout import AttentionBackend, Group, LayoutPlan, attention, pack_groups, plan_layout, register_backend
+from robust_dpo.layout import (
+    AttentionBackend,
+    Group,
+    LayoutPlan,
+    LayoutUnsupportedError,
+    attention,
+    pack_groups,
+    plan_layout,
+    register_backend,
+)
 from robust_dpo.layout.choice import why_layouts_differ
 from robust_dpo.layout.dense import SDPA
 from robust_dpo.layout.segments import SEGMENTS
@@ -35,6 +44,11 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
         "Lfm2Config",
         {**_WIDE, "layer_types": ["conv", "full_attention"]},
         "it has layers of the kind conv",
+    ),
+    "scaled-by-place": (
+        "Llama4TextConfig",
+        {**_WIDE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
+        "its attention is scaled by the place in the row",
     ),
 }
 
@@ -145,7 +159,7 @@ def _broken(kind: type[Exception]) -> AttentionBackend:
     return dataclasses.replace(SDPA, name="broken", attend=attend)
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, ValueError])
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError])
 def test_the_next_backend_stands_by(
     kind: type[Exception],
     build_model: Callable[..., Any],
@@ -158,10 +172,92 @@ def test_the_next_backend_stands_by(
     model = build_model("llama")
     plan = plan_layout(model)
     assert (plan.kind, plan.attention, plan.reason) == ("group", SDPA, "")
-    assert "layout_attention 'broken' fails on this model: no kernel for heads 8 wide" in caplog.text
+    expected = f"layout_attention 'broken' fails on this model: {kind.__name__}: no kernel for heads 8 wide"
+    assert expected in caplog.text
     assert model.config._attn_implementation == "eager"
     with pytest.raises(kind, match="no kernel for heads 8 wide"):
         plan_layout(model, attention="broken")
+
+
+def test_without_another_backend_rows_are_padded(
+    build_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_BACKENDS", {})
+    register_backend(_broken(TypeError))
+    assert plan_layout(build_model("llama")) == LayoutPlan("padded", reason="attention 'broken' fails on it")
+
+
+HANDLE_MASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "passed by name": (
+        "AfmoeConfig",
+        {**_WIDE, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "read": ("DogeConfig", {**_WIDE, "keep_window_size": 64}),
+    "cut": (
+        "Gemma4TextConfig",
+        {
+            **_WIDE,
+            "num_hidden_layers": 4,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "vocab_size_per_layer_input": 97,
+            "hidden_size_per_layer_input": 8,
+            "sliding_window": 16,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(HANDLE_MASKS))
+def test_models_that_handle_their_masks(name: str) -> None:
+    """Where a backend's mask is no tensor, the model's code fails, and the next backend stands by."""
+    config, fields = HANDLE_MASKS[name]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**fields))
+    plan = plan_layout(model)
+    assert plan.kind == "group", plan.reason
+
+
+def _refuses_dropout(module: nn.Module, *args: Any, dropout: float = 0.0, **options: Any) -> Any:
+    if dropout:
+        raise LayoutUnsupportedError("its attention has dropout")
+    return SDPA.attend(module, *args, **options)
+
+
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+
+def _cannot_go_back(*args: Any, **options: Any) -> Any:
+    out, weights = SDPA.attend(*args, **options)
+    return _NoBackward.apply(out), weights
+
+
+@pytest.mark.parametrize("attend", [_refuses_dropout, _cannot_go_back])
+def test_backends_that_fail_in_training_only(
+    attend: Callable[..., Any], build_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_BACKENDS", {})
+    for backend in (dataclasses.replace(SDPA, name="picky", attend=attend), SDPA):
+        register_backend(backend)
+    model = build_model("llama", attention_dropout=0.5).eval()
+    drawn = torch.get_rng_state()
+    assert plan_layout(model).attention is SDPA
+    assert plan_layout(model, trains=False).attention.name == "picky"
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not any(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_checkpointed_model_is_tried_without(build_model: Callable[..., Any]) -> None:
+    """The reentrant form knows only whole backward passes."""
+    model = build_model("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert plan_layout(model).kind == "group"
+    assert model.is_gradient_checkpointing
 
 
 def test_refused(build_model: Callable[..., Any]) -> None:

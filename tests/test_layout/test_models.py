@@ -148,6 +148,7 @@ GROUPS = st.lists(
         Group,
         st.lists(TOKENS, min_size=1, max_size=12),
         st.lists(st.lists(TOKENS, min_size=1, max_size=8), min_size=1, max_size=4),
+        st.none(),
     ),
     min_size=1,
     max_size=5,

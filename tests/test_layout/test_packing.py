@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from robust_dpo.data import PreferenceCollator
 from robust_dpo.layout import Group, PackedGroups, groups_of, pack_groups
-from robust_dpo.layout.packing import first_fit
+from robust_dpo.layout.packing import IGNORED, first_fit
 
 TOKENS = st.integers(1, 1000)
 GROUPS = st.lists(
@@ -22,6 +22,7 @@ GROUPS = st.lists(
         Group,
         st.lists(TOKENS, min_size=1, max_size=9),
         st.lists(st.lists(TOKENS, min_size=1, max_size=6), min_size=1, max_size=4),
+        st.none(),
     ),
     min_size=1,
     max_size=6,
@@ -140,12 +141,27 @@ def test_refused(groups: list[Group], options: dict[str, Any], message: str) -> 
 def test_a_padded_batch_gives_its_groups_back(groups: list[Group]) -> None:
     rows = [{"prompt_ids": group.prompt, "response_ids": group.responses} for group in groups]
     batch = PreferenceCollator(shared=True, row_tokens=30)(rows)
-    assert groups_of(batch) == groups
+    assert groups_of(batch) == [Group(group.prompt, group.responses, group.responses) for group in groups]
     assert batch["packed"].spans == pack_groups(groups, row_tokens=30).spans
 
 
-def test_different_prompts_in_one_group_are_refused() -> None:
+def test_tokens_without_a_label_stay_in_their_response() -> None:
+    """Masked in front of, between and behind what counts; the collator's own -100 only marks the prompt."""
+    batch = PreferenceCollator()([{"prompt_ids": [1, 2], "response_ids": [[3, 4, 5, 6], [7, 8], [9, 9]]}])
+    batch["labels"][0, [2, 4, 5]] = IGNORED
+    batch["labels"][2] = IGNORED
+    (group,) = groups_of(batch)
+    ignored = [IGNORED, 4, IGNORED, IGNORED]
+    assert group == Group([1, 2], [[3, 4, 5, 6], [7, 8], [9, 9]], [ignored, [7, 8], [IGNORED] * 2])
+    packed = pack_groups([group])
+    assert packed.targets.tolist() == [*ignored, 7, 8, IGNORED, IGNORED]
+    assert packed.rows.tolist() == [1, 2, 3, 4, 1, 5, 1, 6]
+
+
+def test_prompts_that_differ_share_what_they_begin_with() -> None:
     batch = PreferenceCollator()([{"prompt_ids": [1, 2], "response_ids": [[3], [4]]}])
+    batch["input_ids"][1, 1] = 9
+    assert groups_of(batch) == [Group([1], [[2, 3], [9, 4]], [[IGNORED, 3], [IGNORED, 4]])]
     batch["input_ids"][1, 0] = 9
-    with pytest.raises(ValueError, match="batch: expected one prompt for all responses of a group, got different ones"):
+    with pytest.raises(ValueError, match="batch: expected a prompt for all responses of a group"):
         groups_of(batch)

@@ -106,7 +106,15 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable
     """A trainer for a tiny model; keywords are arguments of the trainer or of its configuration."""
 
     def make(model: Any = None, **options: Any) -> RobustDPOTrainer:
-        own = ("ref_model", "train_dataset", "eval_dataset", "peft_config", "callbacks", "processing_class")
+        own = (
+            "ref_model",
+            "train_dataset",
+            "eval_dataset",
+            "peft_config",
+            "callbacks",
+            "processing_class",
+            "data_collator",
+        )
         arguments = {name: options.pop(name) for name in own if name in options}
         defaults = {
             "output_dir": str(tmp_path / "run"),

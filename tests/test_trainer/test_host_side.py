@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor
 from transformers import TrainerCallback
 
 from robust_dpo.ops import host
-from robust_dpo.trainer.nonfinite import NonFiniteLossError
+from robust_dpo.trainer.nonfinite import NonFiniteGuard, NonFiniteLossError
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
@@ -166,6 +168,34 @@ def test_skipped_step_moves_nothing(
     log = trainer.state.log_history[0]
     assert log["robust/skipped_steps"] == 1
     assert 0 < log["loss"] < 1, "the mean of the other steps"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.0, 1.0])
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1.0])
+def test_skipped_step_of_scaled_gradients(loss: float, max_grad_norm: float | None, fused: bool) -> None:
+    """fp16: the scaler takes no step of gradients that nobody has unscaled, and there are none left to unscale."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    accelerator = SimpleNamespace(
+        scaler=scaler,
+        distributed_type=DistributedType.NO,
+        reduce=lambda value, reduction: value,
+        unscale_gradients=scaler.unscale_,
+    )
+    guard = NonFiniteGuard(accelerator, skip=True)
+    scaler.scale(weight.sum()).backward()
+    guard.watch(torch.tensor(loss), torch.tensor([loss]), ["a"])
+    if max_grad_norm:
+        scaler.unscale_(optimizer)
+    guard.on_pre_optimizer_step(
+        SimpleNamespace(max_grad_norm=max_grad_norm), SimpleNamespace(global_step=0), None, optimizer=optimizer
+    )
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weight, torch.ones(3)) == (not math.isfinite(loss))
+    assert guard.skipped_steps == (not math.isfinite(loss))
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])

@@ -86,6 +86,38 @@ def test_collator_of_the_user(make_trainer: Callable[..., Any], whole_batch: Cal
     assert "packed" not in batch
 
 
+class _MaskingCollator(PreferenceCollator):
+    """Some tokens of the responses do not count: a turn of a tool, a masked end of sequence."""
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        lengths = batch["attention_mask"].sum(1)
+        for labels, length in zip(batch["labels"], lengths, strict=True):
+            labels[length - 1] = labels[length // 2] = -100
+            labels[(labels != -100).nonzero()[0]] = -100
+        return batch
+
+
+@pytest.mark.parametrize("route", ["fused", "logits"])
+@pytest.mark.parametrize("layout", ["group", "packed"])
+def test_labels_that_the_collator_masks(
+    layout: str, route: str, build_rows: Callable[..., Any], build_model: Callable[..., Any], make_trainer: Any
+) -> None:
+    steps = []
+    for each in (layout, "padded"):
+        trainer = make_trainer(
+            build_model(),
+            ref_model=build_model(seed=1),
+            train_dataset=build_rows(6),
+            data_collator=_MaskingCollator(0),
+            layout=each,
+            head_route=route,
+        )
+        batch = trainer.data_collator([*trainer.train_dataset])
+        steps.append(step(trainer, batch))
+    assert_same_step(*steps)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapter_off_in_the_same_rows(
     checkpointing: bool,

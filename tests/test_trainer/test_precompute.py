@@ -18,6 +18,7 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from torch import Tensor
 
+from robust_dpo.data import PreferenceCollator
 from robust_dpo.errors import DataError
 from robust_dpo.reference_cache import ReferenceCache
 from robust_dpo.trainer import precompute
@@ -98,6 +99,16 @@ LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lo
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
 
+
+class MaskingCollator(PreferenceCollator):
+    """The end of a response does not count."""
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        batch["labels"].scatter_(1, batch["attention_mask"].sum(1, keepdim=True) - 1, -100)
+        return batch
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "another model": {"model": {"seed": 1}},
     "one weight": {"weight": 1e-6},
@@ -112,6 +123,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "one row fewer": {"rows": {"count": ROWS - 1}},
     "ref_model": {"reference": 3},
     "adapter": {"peft_config": LORA},
+    "collator": {"data_collator": MaskingCollator(0)},
 }
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 
+from robust_dpo.trainer.dropout import disable_dropout
 from robust_dpo.trainer.reference import FrozenModel, PolicyWithoutAdapter
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
@@ -66,6 +68,15 @@ def test_disable_dropout_is_the_default(
 def test_attention_dropout_is_disabled_too(build_model: Callable[..., Any], make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer(build_model("llama", attention_dropout=0.5))
     assert {layer.self_attn.attention_dropout for layer in trainer.model.model.layers} == {0.0}
+
+
+def test_dropout_of_any_name_is_disabled() -> None:
+    """GPT-BigCode calls that of its attention attn_dropout."""
+    config = GPTBigCodeConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.arange(24)[None]
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

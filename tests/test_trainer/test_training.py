@@ -291,10 +291,15 @@ def test_nonfinite_steps_are_skipped_and_counted(
     trainer = make_trainer(
         train_dataset=rows, per_device_train_batch_size=12, callbacks=[spoil], on_nonfinite="skip", weight_decay=0.1
     )
-    trainer.train()
+    result = trainer.train()
     before, after = ({name: v.nan_to_num() for name, v in state.items()} for state in (spoil.before, spoil.after))
     assert_identical(after, before)
-    assert [log["robust/skipped_steps"] for log in training_logs(trainer)] == [0, 1, 1]
+    logs = training_logs(trainer)
+    assert [log["robust/skipped_steps"] for log in logs] == [0, 1, 1]
+    first, skipped, last = (log["loss"] for log in logs)
+    assert math.isnan(skipped), "no loss is not a loss of 0"
+    assert result.training_loss == pytest.approx((first + last) / 2, abs=1e-6)
+    assert result.metrics["train_loss"] == trainer.state.log_history[-1]["train_loss"] == result.training_loss
     assert all(value.isfinite().all() for value in weights(trainer.model).values())
 
 

@@ -112,7 +112,8 @@ def data_sentence(record: Record) -> str:
 def results_markdown(store: Store) -> str:
     """Everything: machine, verdict, then one table for each comparison."""
     records = sorted(store.records.values(), key=_order)
-    parts = [f"Measured on {machine_sentence(store)}"]
+    load = store.machine["load_before"]
+    parts = [f"Measured on {machine_sentence(store)} Load of the machine before the last comparison: {load:.1f}."]
     if found := verdicts(records):
         parts.append(markdown_lines(list(_VERDICT), [_verdict_cells(each) for each in found]))
     for record in records:
