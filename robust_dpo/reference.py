@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robust_dpo import losses as group_losses
 from robust_dpo.groups import GroupLayout, Groups
-from robust_dpo.robust import DrDPO, KLRobust, Mean, RobustObjective
+from robust_dpo.robust import Chi2, CVaR, DrDPO, KLRobust, Mean, RobustObjective
 
 IGNORE_INDEX = -100
 
@@ -123,6 +123,35 @@ def _(robust: KLRobust, losses: Tensor, calibration: Tensor) -> Tensor:
         return robust.lam * log_mean_exp(values / robust.lam)
     lam = _best_lambda(values.detach(), robust.radius)
     return lam * robust.radius + lam * log_mean_exp(values / lam)
+
+
+@aggregate.register
+def _(robust: CVaR, losses: Tensor, calibration: Tensor) -> Tensor:
+    values = calibration * losses
+    # Piecewise linear and convex in η: the least is at one of the values.
+    return torch.stack([eta + (values - eta).clamp(min=0).mean() / robust.share for eta in values]).amin()
+
+
+@aggregate.register
+def _(robust: Chi2, losses: Tensor, calibration: Tensor) -> Tensor:
+    values = calibration * losses
+    spread = float(values.detach().amax() - values.detach().amin())
+
+    def dual(eta: Tensor) -> Tensor:
+        if robust.radius is not None:
+            return math.sqrt(1 + 2 * robust.radius) * (values - eta).clamp(min=0).square().mean().sqrt() + eta
+        assert robust.lam is not None
+        return eta + (values - eta + robust.lam).clamp(min=0).square().mean() / (2 * robust.lam) - robust.lam / 2
+
+    # Golden sections of the convex dual, which is flat at its least: a derivative in η there adds nothing.
+    low, high = values.detach().amin() - 1e4 * (spread + 1), values.detach().amax() + (robust.lam or 0.0)
+    for _step in range(300):
+        left, right = high - (high - low) * _GOLDEN, low + (high - low) * _GOLDEN
+        low, high = (low, right) if dual(left) < dual(right) else (left, high)
+    return dual(((low + high) / 2).detach())
+
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def log_mean_exp(values: Tensor) -> Tensor:

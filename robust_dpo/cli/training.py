@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import sort_checkpoints
 
 from robust_dpo.calibration.report import Mixture
 from robust_dpo.cli.config_file import nearest
@@ -91,8 +91,8 @@ class TrainingRun:
         ref_model = None if self.options["ref_model"] is None else load_causal_lm(self.options["ref_model"])
 
         run = RunDirectory.create(self.options["out"], overwrite=self.overwrite, resume=self.resume)
-        checkpoint = self._checkpoint(run)
         if self.resume:
+            self._refuse_nothing_to_resume(run)
             run.refuse_changes(self.options)
         trainer = RobustDPOTrainer(
             model,
@@ -105,7 +105,7 @@ class TrainingRun:
         )
         run.write_config(self.options)
         trainer.add_callback(MetricsCallback(run, trainer.worst_groups))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=self.resume)
         trainer.save_model(str(run.model))
         tokenizer.save_pretrained(str(run.model))
 
@@ -158,13 +158,10 @@ class TrainingRun:
             return None
         return LoraConfig(r=rank, lora_alpha=self.options["lora_alpha"], task_type="CAUSAL_LM")
 
-    def _checkpoint(self, run: RunDirectory) -> str | None:
-        if not self.resume:
-            return None
-        checkpoint: str | None = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.is_dir() else None
-        if checkpoint is None:
+    def _refuse_nothing_to_resume(self, run: RunDirectory) -> None:
+        """Before models are prepared; which checkpoint is whole, the trainer finds out."""
+        if not sort_checkpoints(str(run.checkpoints)):
             raise argument_error("--resume", "a checkpoint in --out to go on from", run.checkpoints)
-        return checkpoint
 
 
 def _extra_fields(assignments: Sequence[str]) -> dict[str, Any]:

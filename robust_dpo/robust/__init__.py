@@ -3,8 +3,10 @@
 A new aggregation is one class in one file of this folder, registered with `register_objective`; import the file below.
 """
 
-from robust_dpo.robust import kl, mean
+from robust_dpo.robust import chi2, cvar, kl, mean
 from robust_dpo.robust.base import ExponentialTilt, RobustObjective, Solution
+from robust_dpo.robust.chi2 import Chi2
+from robust_dpo.robust.cvar import CVaR
 from robust_dpo.robust.kl import DrDPO, KLRobust
 from robust_dpo.robust.mean import Mean
 from robust_dpo.robust.modes import MODES, from_mode
@@ -12,6 +14,8 @@ from robust_dpo.robust.registry import available_objectives, register_objective,
 
 __all__ = [
     "MODES",
+    "CVaR",
+    "Chi2",
     "DrDPO",
     "ExponentialTilt",
     "KLRobust",
@@ -19,6 +23,8 @@ __all__ = [
     "RobustObjective",
     "Solution",
     "available_objectives",
+    "chi2",
+    "cvar",
     "from_mode",
     "kl",
     "mean",

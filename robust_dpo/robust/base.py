@@ -134,6 +134,17 @@ class ExponentialTilt(RobustObjective):
         extreme = values.amax(0) if self.temperature > 0 else values.amin(0)
         return extreme + self.temperature * log_mean_exp(shifted(values, self.temperature))
 
+    def value_of_parts(self, values: Tensor, counts: Tensor) -> Tensor:
+        """[] the value of a batch, from the values [P] of parts of it that were solved by themselves.
+
+        Args:
+            values: [P] of the parts.
+            counts: [P] groups of each; a part without any has no influence.
+        """
+        parts = counts / counts.sum()
+        extreme = values.amax(0) if self.temperature > 0 else values.amin(0)
+        return extreme + self.temperature * log_mean_exp(shifted(values, self.temperature), parts)
+
     def _surrogate(self, values: Tensor, weights: Tensor) -> Tensor:
         """[] the value of a part of a batch whose weights are normalised over the whole batch."""
         return self.temperature * weights.sum()
@@ -155,6 +166,21 @@ def checked(losses: Tensor, calibration: Tensor | None) -> tuple[Tensor, Tensor 
     return losses, calibration.detach().to(device=losses.device, dtype=losses.dtype)
 
 
+def whole_batch(
+    objective: RobustObjective,
+    losses: Tensor,
+    calibration: Tensor | None,
+    log_normalizer: Tensor | float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `checked`, for objectives with more than one normaliser: refuses a part of a batch, and an empty one."""
+    if log_normalizer is not None:
+        expected = f"None: {objective.key} couples the groups by more than one normaliser, solve the whole batch"
+        raise argument_error("log_normalizer", expected, log_normalizer)
+    losses, calibration = checked(losses, calibration)
+    refuse_empty(losses)
+    return losses, calibration
+
+
 def refuse_empty(losses: Tensor) -> None:
     """Weights of sum 1 need a group to carry them."""
     if losses.numel() == 0:
@@ -172,12 +198,16 @@ def shifted(values: Tensor, temperature: float | Tensor) -> Tensor:
     return (values - extreme) / temperature
 
 
-def log_mean_exp(values: Tensor) -> Tensor:
-    """[] log mean e^values for values ≤ 0 with maximum 0.
+def log_mean_exp(values: Tensor, parts: Tensor | None = None) -> Tensor:
+    """[] log mean e^values for values [G] ≤ 0 with maximum 0; the mean has weights `parts` [G] of sum 1, or equal ones.
 
     Near 0 (a large temperature) the mean of e^x is 1 − tiny, so it is taken through expm1 and log1p; far
     below it, log1p would lose digits near −1 and logsumexp is the accurate form.
     """
-    gap = values.expm1().mean(0)
-    far = values.logsumexp(0) - math.log(values.numel())
+    if parts is None:
+        gap = values.expm1().mean(0)
+        far = values.logsumexp(0) - math.log(values.numel())
+    else:
+        gap = (parts * values.expm1()).sum(0)
+        far = (values + parts.log()).logsumexp(0)
     return torch.where(gap > -0.5, gap.clamp(min=-0.5).log1p(), far)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robust_dpo.checks import NON_NEGATIVE, POSITIVE, check_number
 from robust_dpo.errors import argument_error
-from robust_dpo.robust.base import ExponentialTilt, Solution, calibrated, checked, refuse_empty
+from robust_dpo.robust.base import ExponentialTilt, Solution, calibrated, whole_batch
 from robust_dpo.robust.registry import register_objective
 
 CalibrationPosition = Literal["inside", "outside"]
@@ -69,11 +69,7 @@ class KLRobust(ExponentialTilt):
     ) -> Solution:
         if self.single_pass:
             return super().solve(losses, calibration, log_normalizer)
-        if log_normalizer is not None:
-            expected = f"None: {self.key} couples the groups by more than one normaliser, solve the whole batch"
-            raise argument_error("log_normalizer", expected, log_normalizer)
-        losses, calibration = checked(losses, calibration)
-        refuse_empty(losses)
+        losses, calibration = whole_batch(self, losses, calibration, log_normalizer)
         if self.calibration == "outside":
             plain = replace(self, calibration="inside").solve(losses)
             scale = losses.new_ones(()) if calibration is None else calibration.mean()

@@ -28,5 +28,8 @@ class Mean(ExponentialTilt):
     def _value(self, values: Tensor) -> Tensor:
         return values.mean(0)
 
+    def value_of_parts(self, values: Tensor, counts: Tensor) -> Tensor:
+        return (values * counts / counts.sum()).sum(0)
+
     def _surrogate(self, values: Tensor, weights: Tensor) -> Tensor:
         return (weights * values).sum(0)

@@ -19,6 +19,7 @@ from robust_dpo.layout import LAYOUTS, available_backends
 from robust_dpo.losses import BoundLoss
 from robust_dpo.robust import MODES, Mean, RobustObjective, from_mode
 from robust_dpo.robust import resolve as resolve_objective
+from robust_dpo.window import ROUTES, SCOPES
 
 HEAD_ROUTES = ("auto", "fused", "logits")
 BAD_ROW_POLICIES = ("error", "drop")
@@ -111,6 +112,21 @@ class RobustDPOConfig(TrainingArguments):
     robust_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Parameters of that aggregation by name."}
     )
+    robust_scope: str = field(
+        default="global_batch",
+        metadata={
+            "help": "What the weights are normalised over: global_batch (all micro-batches and ranks of an optimizer "
+            "step), or micro_batch, as in published code.",
+            "choices": list(SCOPES),
+        },
+    )
+    robust_route: str = field(
+        default="auto",
+        metadata={
+            "help": "How weights over the global batch are had: one_pass, two_pass (another forward pass), or auto.",
+            "choices": list(ROUTES),
+        },
+    )
     calibration_form: Form = field(default="paper", metadata={"help": "How probs become a density ratio."})
     calibration_reduce: str = field(
         default="mean", metadata={"help": "How the ratios of a group's responses become the group's."}
@@ -183,11 +199,11 @@ class RobustDPOConfig(TrainingArguments):
             raise argument_error("radius", f"None with mode={self.mode!r}, which has no worst case", self.radius)
         self.bound_loss()
         self.objective()
-        if self.per_device_train_batch_size == 1 and self.weighs_groups:
+        if self.robust_scope == "micro_batch" and self.weighs_groups:
+            few = self.per_device_train_batch_size == 1
             warnings.warn(
-                "per_device_train_batch_size=1: robust weights are computed within a micro-batch, so with one group "
-                f"in it mode={self.mode!r} weighs nothing. Raise it (2 is the least that does anything), or use "
-                'mode="erm" or "reweight".',
+                'robust_scope="micro_batch": robust weights depend on how the batch is cut into micro-batches and ranks'
+                + (f", and with one group in each mode={self.mode!r} weighs nothing." if few else "."),
                 UserWarning,
                 stacklevel=3,
             )
@@ -242,6 +258,8 @@ class RobustDPOConfig(TrainingArguments):
             ("calibration_reduce", tuple(REDUCTIONS)),
             ("on_bad_row", BAD_ROW_POLICIES),
             ("on_nonfinite", NONFINITE_POLICIES),
+            ("robust_scope", SCOPES),
+            ("robust_route", ROUTES),
             ("head_route", HEAD_ROUTES),
             ("layout", LAYOUTS),
             ("layout_attention", ("auto", *available_backends())),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +23,7 @@ Rows: TypeAlias = "Dataset | str | Path | Iterable[Mapping[str, Any]]"
 """A data set, the file or hub name of one, or dictionaries."""
 
 _TOKENISED = {"prompt_ids", "response_ids"}
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class RowPreparation:
             self._require_scores(dataset, argument)
         if "id" not in dataset.column_names:
             dataset = dataset.add_column("id", [str(index) for index in range(len(dataset))])
+        if "ref_logps" in dataset.column_names:
+            _require_fitting_ref_logps(dataset, argument)
         if self.args.calibrated and "calibration" not in dataset.column_names:
             dataset = dataset.add_column("calibration", self._calibration(dataset, argument))
         return dataset
@@ -126,3 +131,18 @@ class RowPreparation:
             **self.args.options("calibration_options"),
         )
         return groups
+
+
+def _require_fitting_ref_logps(dataset: Dataset, argument: str) -> None:
+    """Refuse a reference's log-probs that are not one finite number per response, before the training comes to them."""
+    columns = dataset.select_columns(["id", "response_ids", "ref_logps"]).with_format("arrow")
+    for table in columns.iter(batch_size=_ROWS_AT_ONCE):
+        logps, responses = table["ref_logps"].combine_chunks(), table["response_ids"]
+        sizes_fit = pc.all(pc.equal(pc.list_value_length(logps), pc.list_value_length(responses)), skip_nulls=False)
+        finite = pc.all(pc.is_finite(pc.list_flatten(logps)), skip_nulls=False)
+        if sizes_fit.as_py() and finite.as_py():
+            continue
+        for row in table.to_pylist():
+            values, size = row["ref_logps"] or [], len(row["response_ids"])
+            if len(values) != size or not all(value is not None and math.isfinite(value) for value in values):
+                raise DataError(f"{argument}: row {row['id']!r}: expected {size} finite ref_logps, got {values}")

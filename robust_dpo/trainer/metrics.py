@@ -114,12 +114,12 @@ class _Ranked:
         return self.mean_of_others((self.best(values)[:, None] > values).to(values.dtype))
 
 
-def robust_metrics(weights: Tensor, ess: Tensor, parameter: Tensor | None) -> dict[str, Tensor]:
-    """Effective sample size, largest weight and λ in force, from the weights [G] of one normalisation.
+def robust_metrics(max_weight: Tensor, ess: Tensor, parameter: Tensor | None) -> dict[str, Tensor]:
+    """Largest weight, effective sample size and λ in force, by their names; all [].
 
     `parameter` is None for the mean, whose λ is infinite: JSON has no infinity.
     """
-    metrics = {"robust/ess": ess, "robust/max_weight": weights.amax()}
+    metrics = {"robust/ess": ess, "robust/max_weight": max_weight}
     return metrics if parameter is None else {**metrics, "robust/lambda": parameter}
 
 

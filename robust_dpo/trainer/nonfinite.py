@@ -1,4 +1,4 @@
-"""A loss that is not finite must not reach the weights."""
+"""A loss or a gradient that is not finite must not reach the weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from robust_dpo.trainer.metrics import widest_float
@@ -25,7 +26,7 @@ _UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss of an optimizer step was not finite; the weights are those from before it.
+    """The loss or the gradient of an optimizer step was not finite; the weights are those from before it.
 
     Args:
         group_ids: names of the groups whose loss was not finite.
@@ -34,7 +35,9 @@ class NonFiniteLossError(FloatingPointError):
 
     def __init__(self, group_ids: list[str], step: int) -> None:
         self.group_ids, self.step = group_ids, step
-        named = ", ".join(group_ids) if group_ids else "none by itself (the aggregation over groups overflowed)"
+        named = (
+            ", ".join(group_ids) if group_ids else "none (the gradients, or the aggregation over groups, overflowed)"
+        )
         super().__init__(
             f"the loss of optimizer step {step + 1} is not finite; it has not changed the weights. Groups whose "
             f'loss is not finite: {named}. on_nonfinite="skip" leaves such steps out.'
@@ -66,7 +69,7 @@ class _Step:
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Keeps optimizer steps whose loss is not finite, on any rank, from changing anything.
+    """Keeps optimizer steps whose loss or gradient is not finite, on any rank, from changing anything.
 
     An optimizer that can leave a step out on the device (torch's fused ones) is told so there, and the host does not
     wait: it learns of it in `report`. Any other has its gradients taken away, which takes one read per optimizer step.
@@ -85,6 +88,8 @@ class NonFiniteGuard(TrainerCallback):
         self._window: list[_Losses] = []
         self._steps: list[_Step] = []
         self._stopped: Tensor | None = None
+        self._norm: Tensor | None = None
+        self._value: Tensor | None = None
         self._counted: Tensor | None = None
         self.skipped_steps = 0
 
@@ -92,21 +97,46 @@ class NonFiniteGuard(TrainerCallback):
         """Remember the loss [] and the group losses [G] of a micro-batch. Reads nothing from the device."""
         self._window.append((loss.detach(), group_losses, ids))
 
+    def watch_step(self, value: Tensor) -> None:
+        """Remember the objective [] of the step. Reads nothing from the device."""
+        self._value = value.to(widest_float(value.device))
+
+    def watch_norm(self, norm: Tensor) -> None:
+        """Remember the norm [] of the gradients of the step. Reads nothing from the device.
+
+        Not with torch's scaler of fp16 gradients: it leaves out by itself what overflows, and adapts to it.
+        """
+        if self._accelerator.scaler is None:
+            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget a training that was stopped."""
-        self._window, self._steps, self._stopped, self._counted = [], [], None, None
+        self._forget_step()
+        self._steps, self._stopped, self._counted = [], None, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget a step that was left in its middle."""
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._window, self._norm, self._value = [], None, None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the step out, on the device where that is possible, if a loss of its window is not finite."""
-        window, self._window = self._window, []
+        window, value = self._window, self._value
         if not window:
             return
-        losses = torch.stack([loss for loss, _, _ in window])
-        losses = losses.to(widest_float(losses.device))
-        bad = (~losses.isfinite()).any().float()
+        found = [loss for loss, _, _ in window]
+        if self._norm is not None:
+            found.append(self._norm.detach().to(found[0]))
+        bad = (~torch.stack(found).isfinite()).any().float()
         bad = self._accelerator.reduce(bad, reduction="sum").clamp(max=1)
-        counted = torch.stack([losses.mean().where(bad == 0, 0), 1 - bad])
-        self._counted = counted if self._counted is None else self._counted + counted
+        self._forget_step()
+        if value is not None:
+            # Not finite on a rank that has nothing of its own in the step.
+            counts = (bad == 0) & value.isfinite()
+            counted = torch.stack([value.where(counts, 0), counts.to(value)])
+            self._counted = counted if self._counted is None else self._counted + counted
         step = _Step(state.global_step, bad, window)
         optimizer = _unwrapped(kwargs["optimizer"])
         if self._skips_on_device(optimizer):
@@ -157,6 +187,14 @@ class NonFiniteGuard(TrainerCallback):
                 raise NonFiniteLossError(ids, step.number)
             self.skipped_steps += 1
             logger.warning("step %d skipped: its loss is not finite. Groups: %s", step.number + 1, ids)
+
+    def state_dict(self) -> dict[str, int]:
+        """For checkpoints, which are written after a report: the count is all there is."""
+        return {"skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting."""
+        self.skipped_steps = state["skipped_steps"]
 
     def _skips_on_device(self, optimizer: Any) -> bool:
         """Whether the optimizer takes `found_inf`, and nobody else sets it: torch's scaler of fp16 gradients does.

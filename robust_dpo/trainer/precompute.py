@@ -186,6 +186,8 @@ class Precomputation:
             collate_fn=self.collator,
             num_workers=self.workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            # Drawing from the global one, a run that finds its log-probs in the cache would have another dropout.
+            generator=torch.Generator(),
         )
         show = self.progress and self.accelerator.is_main_process
         mine = iter(tqdm(loader, desc=f"Reference log-probs of {name}", disable=not show))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,23 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from robust_dpo import ops
+from robust_dpo.checkpoints import CheckpointedTrainer, RunRecord
 from robust_dpo.data import PreferenceCollator, length_statistics
+from robust_dpo.data.fingerprint import rows_fingerprint
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.layout import LayoutPlan, plan_layout
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.reference_cache import ReferenceCache
-from robust_dpo.robust import Solution
-from robust_dpo.trainer import checkpoint
+from robust_dpo.robust import Mean
 from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.data import RowPreparation, Rows
-from robust_dpo.trainer.dropout import disable_dropout
+from robust_dpo.trainer.dropout import disable_dropout, evaluating
 from robust_dpo.trainer.head import LogitTransform
 from robust_dpo.trainer.metrics import (
     GROUP_METRICS,
@@ -44,11 +47,19 @@ from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
 from robust_dpo.trainer.scoring import Batch, SequenceScorer, response_lengths
 from robust_dpo.trainer.self_check import HeadCheck, check_head
+from robust_dpo.window import (
+    AccumulationWindow,
+    Weighed,
+    make_weighting,
+    plan_route,
+    refuse_split_model,
+    refuse_unknown_groups,
+)
 
 logger = logging.getLogger(__name__)
 
 
-class RobustDPOTrainer(Trainer):
+class RobustDPOTrainer(CheckpointedTrainer):
     """Preference training with a calibrated worst-case objective (DoRA, arXiv 2504.05831) and a fused LM head.
 
     Args:
@@ -94,6 +105,7 @@ class RobustDPOTrainer(Trainer):
         if ref_model is not None and ref_model is model and not isinstance(model, str):
             raise argument_error("ref_model", "another object than model, or None for a frozen copy", "the same object")
         policy = load_model(model, args.options("model_init_kwargs"), argument="model")
+        refuse_split_model(policy, "model")
         if ref_model is not None:
             ref_model = load_model(ref_model, args.options("ref_model_init_kwargs"), argument="ref_model")
         processing_class = load_tokenizer(processing_class, policy)
@@ -116,8 +128,7 @@ class RobustDPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # The loss is a mean over the groups of a micro-batch, not over its tokens: transformers has to divide it by
-        # the number of micro-batches of a step.
+        # transformers then divides the loss by the number of micro-batches of a step, which `compute_loss` undoes.
         self.model_accepts_loss_kwargs = False
         self.bound_loss = args.bound_loss()
         self.objective = args.objective()
@@ -133,6 +144,8 @@ class RobustDPOTrainer(Trainer):
         self._means = RunningMeans()
         self._guard = NonFiniteGuard(self.accelerator, skip=args.on_nonfinite == "skip")
         self.add_callback(self._guard)
+        self._window = self._make_window()
+        self._window_ids: list[str] = []
         self._last_weights: tuple[Tensor, list[str]] | None = None
         if not args.disable_tqdm:
             self._print_lengths()
@@ -194,6 +207,39 @@ class RobustDPOTrainer(Trainer):
             logger.warning("%s: the head is not fused with the loss, which costs memory: %s", name, check.reason)
         return check
 
+    def _make_window(self) -> AccumulationWindow:
+        """What makes the weights of a step those of its global batch."""
+        refuse_unknown_groups(self.args, self.accelerator)
+        plan = plan_route(
+            self.objective,
+            self.args.robust_scope,
+            self.args.robust_route,
+            accelerator=self.accelerator,
+            micro_batches=self.args.gradient_accumulation_steps,
+        )
+        if plan.reason:
+            logger.warning("robust weights take a second forward pass: %s", plan.reason)
+        logger.info("robust weights over each %s: %s", self.args.robust_scope, plan.kind)
+        return AccumulationWindow(
+            make_weighting(
+                plan,
+                self.objective,
+                self.preference_output,
+                self._look,
+                self.accelerator,
+                calibrated=self.args.calibrated,
+            ),
+            self.accelerator,
+            self._prepare_inputs,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def _look(self, model: nn.Module, batch: Batch) -> PreferenceOutput:
+        """The group losses of a batch, without gradients and dropout."""
+        groups = torch.ones(len(batch["group_sizes"]), device=batch["input_ids"].device)
+        with torch.no_grad(), evaluating(model):
+            return self.preference_output(model, batch, groups)
+
     def _build_reference(self, ref_model: nn.Module | None) -> Reference | None:
         """The reference of the run; None where the loss needs none or all rows bring its log-probs."""
         rows = [self.train_dataset, *_values(self.eval_dataset)]
@@ -247,21 +293,25 @@ class RobustDPOTrainer(Trainer):
         loader: DataLoader[Any] = super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
         return loader
 
-    def preference_output(self, model: nn.Module, batch: Batch) -> PreferenceOutput:
-        """Loss, log-probs and robust weights of one batch.
+    def preference_output(self, model: nn.Module, batch: Batch, coefficients: Tensor | None = None) -> PreferenceOutput:
+        """Loss, log-probs and robust weights of one batch by itself.
 
         Args:
             model: the policy, wrapped as it is trained.
             batch: what the collator gives, on the model's device.
+            coefficients: [G] ≥ 0, for the loss Σ coefficients · ℓ in place of the objective.
         """
         batch = self._scorer.laid_out(batch)
+        robust, calibration = self.objective, batch["calibration"] if self.args.calibrated else None
+        if coefficients is not None:
+            robust, calibration = Mean(), coefficients * len(coefficients)
         with self.accelerator.autocast():
             objective: dict[str, Any] = {
                 "ref_logps": self._ref_logps(model, batch),
                 "group_sizes": batch["group_sizes"],
                 "loss": self.bound_loss,
-                "robust": self.objective,
-                "calibration": batch["calibration"] if self.args.calibrated else None,
+                "robust": robust,
+                "calibration": calibration,
                 "scores": batch.get("scores"),
             }
             if self._scorer.fused:
@@ -286,27 +336,72 @@ class RobustDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a micro-batch, and with `return_outputs` the PreferenceOutput it is part of."""
+        """The loss of a micro-batch, and with `return_outputs` the PreferenceOutput it is part of.
+
+        Within a step of `train` it is the micro-batch's part in the objective of the whole step; otherwise the
+        objective of the micro-batch.
+        """
         inputs = self._scorer.laid_out(inputs)
-        output = self.preference_output(model, inputs)
+        divisor = 1
+        if model.training and self._window.is_open:
+            weighed, divisor = self._window.run(model, inputs), self.current_gradient_accumulation_steps
+        else:
+            output = self.preference_output(model, inputs)
+            weighed = Weighed(output.loss, output, counts=True, solution=None)
         if model.training:
-            metrics = group_metrics(seen_groups(output, inputs), self._reward_beta)
-            self._means.add(dict(zip(GROUP_METRICS, metrics.unbind(1), strict=True)))
-            loss = output.loss.detach()
+            self._watch(weighed, inputs)
+        loss = weighed.loss * divisor
+        return (loss, weighed.output) if return_outputs else loss
+
+    def _watch(self, weighed: Weighed, batch: Batch) -> None:
+        """Metrics and checks of a micro-batch, and at the last one of a step those of the step."""
+        output, solution = weighed.output, weighed.solution
+        self._guard.watch(weighed.loss, output.group_losses, batch["ids"])
+        metrics = group_metrics(seen_groups(output, batch), self._reward_beta)
+        if weighed.counts:
+            self._window_ids += batch["ids"]
+        else:
+            metrics = torch.full_like(metrics, float("nan"))
+        self._means.add(dict(zip(GROUP_METRICS, metrics.unbind(1), strict=True)))
+        if solution is not None:
             # What is not finite counts as unknown.
-            known = {"loss": loss.where(loss.isfinite(), float("nan"))}
-            self._means.add(known | robust_metrics(output.weights, output.ess, self._lambda(output)))
-            self._guard.watch(output.loss, output.group_losses, inputs["ids"])
-            self._last_weights = output.weights, inputs["ids"]
-        return (output.loss, output) if return_outputs else output.loss
+            known = {"loss": solution.value.where(solution.value.isfinite(), float("nan"))}
+            parameter = solution.parameter if self.args.weighs_groups else None
+            self._means.add(known | robust_metrics(solution.max_weight, solution.ess, parameter))
+            self._last_weights = solution.weights, self._window_ids
+            self._guard.watch_step(solution.value)
+            self._step_loss = solution.value
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """The micro-batches of the next optimizer step, as in transformers."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._window_ids = []
+        return self._window.open(self.model_wrapped, batches, num_batches), items
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As in transformers; a loss that is not finite counts as 0 in its sum, and no read finds that out."""
+        """As in transformers; gives the objective of the step at its last micro-batch, and 0 before.
+
+        One that is not finite counts as 0 in the sum of transformers, and no read finds that out.
+        """
         loss: Tensor = super().training_step(*args, **kwargs)
-        return loss.nan_to_num(0.0, 0.0, 0.0)
+        if self._window.is_open:
+            return torch.zeros_like(loss)
+        return self._step_loss.to(loss.dtype).nan_to_num(0.0, 0.0, 0.0)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in transformers; a norm that is not finite keeps the step from being taken."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, Tensor):
+            self._guard.watch_norm(norm)
+        return norm
 
     def worst_groups(self, count: int = 10) -> list[tuple[str, float]]:
-        """Ids and weights of the groups with the largest robust weight in the last micro-batch, largest first."""
+        """Ids and weights of the groups with the largest robust weight in the last optimizer step, largest first.
+
+        The weights have sum 1 over the global batch; the groups are those of this process.
+        """
         if self._last_weights is None:
             return []
         weights, ids = self._last_weights
@@ -341,16 +436,14 @@ class RobustDPOTrainer(Trainer):
         # Not concatenated where eval_do_concat_batches is off.
         table = torch.from_numpy(np.concatenate(table) if isinstance(table, list) else table)
         solution = self.objective.solve(table[:, 0], table[:, 1] if self.args.calibrated else None)
+        parameter = solution.parameter if self.args.weighs_groups else None
         metrics = {
             "loss": solution.value,
             **known_means(dict(zip(GROUP_METRICS, table[:, 2 : 2 + len(GROUP_METRICS)].unbind(1), strict=True))),
-            **robust_metrics(solution.weights, solution.ess, self._lambda(solution)),
+            **robust_metrics(solution.weights.amax(), solution.ess, parameter),
         }
         result.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()})
         return result
-
-    def _lambda(self, solved: PreferenceOutput | Solution) -> Tensor | None:
-        return solved.parameter if self.args.weighs_groups else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; logs of training get the metrics gathered since the last one."""
@@ -361,7 +454,7 @@ class RobustDPOTrainer(Trainer):
             if self.args.on_nonfinite == "skip":
                 logs["robust/skipped_steps"] = self._guard.skipped_steps
             if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("largest weights of the last micro-batch: %s", self.worst_groups())
+                logger.debug("largest weights of the last step: %s", self.worst_groups())
         if "train_loss" in logs:
             logs = {**logs, "train_loss": self._guard.mean_loss()}
         super().log(logs, start_time)
@@ -372,17 +465,39 @@ class RobustDPOTrainer(Trainer):
         loss = self._guard.mean_loss()
         return output._replace(training_loss=loss, metrics={**output.metrics, "train_loss": loss})
 
+    def stateful_parts(self) -> dict[str, Stateful]:
+        """The count of skipped steps, and the state of an objective that has one."""
+        parts: dict[str, Stateful] = {"skipped_steps": self._guard}
+        if isinstance(self.objective, Stateful):
+            parts["objective"] = self.objective
+        return parts
+
+    def run_record(self) -> RunRecord:
+        """The reference, and what sums, roundings and the order of the rows depend on."""
+        layout, on_cpu = self._scorer.layout, self.args.device.type == "cpu"
+        return RunRecord(
+            self._reference_weights,
+            {
+                "training data (a hash)": self._training_data,
+                "groups per micro-batch": self.args.train_batch_size,
+                "micro-batches per step": self.args.gradient_accumulation_steps,
+                "processes": self.args.world_size,
+                "precision": self.accelerator.mixed_precision,
+                "layout": layout.kind,
+                "attention": None if layout.attention is None else layout.attention.name,
+                "head": "fused" if self._scorer.fused else "logits",
+                "device": self.args.device.type,
+                **({"threads": torch.get_num_threads()} if on_cpu else {}),
+            },
+        )
+
+    @cached_property
+    def _training_data(self) -> str | None:
+        return None if self.train_dataset is None else rows_fingerprint(self.train_dataset)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.report()
         super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save and self._reference_weights is not None:
-            checkpoint.save_reference(folder, self._reference_weights)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._reference_weights is not None:
-            checkpoint.check_reference(Path(resume_from_checkpoint), self._reference_weights)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 def _values(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset | None]:

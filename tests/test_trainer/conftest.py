@@ -87,6 +87,12 @@ def build_rows() -> Callable[..., list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="session")
+def module_models() -> tuple[Callable[..., PreTrainedModel], Callable[..., list[dict[str, Any]]]]:
+    """`build_model` and `build_rows` for fixtures that outlive a test."""
+    return _build_model, _build_rows
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

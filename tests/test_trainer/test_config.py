@@ -50,6 +50,8 @@ def build(**options: Any) -> RobustDPOConfig:
         ({"calibration_reduce": "max"}, ValueError, "calibration_reduce: expected one of"),
         ({"on_bad_row": "skip"}, ValueError, "on_bad_row: expected one of error, drop, got 'skip'"),
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite: expected one of stop, skip, got 'ignore'"),
+        ({"robust_scope": "batch"}, ValueError, "robust_scope: expected one of global_batch, micro_batch, got 'batch'"),
+        ({"robust_route": "fast"}, ValueError, "robust_route: expected one of auto, one_pass, two_pass, got 'fast'"),
         ({"head_route": "fast"}, ValueError, "head_route: expected one of auto, fused, logits, got 'fast'"),
         ({"truncation_mode": "middle"}, ValueError, "truncation_mode: expected one of keep_end, keep_start"),
         ({"max_length": 0}, ValueError, "max_length: expected at least 1, or None, got 0"),
@@ -110,16 +112,22 @@ def test_label_smoothing_reaches_the_loss() -> None:
 
 
 @pytest.mark.parametrize("mode", ["dro", "dora", "dora_outside"])
-def test_warns_where_one_group_leaves_nothing_to_weigh(mode: str) -> None:
-    with pytest.warns(UserWarning, match="per_device_train_batch_size=1: robust weights"):
-        build(mode=mode, per_device_train_batch_size=1)
+def test_warns_of_weights_that_depend_on_the_layout(mode: str) -> None:
+    with pytest.warns(UserWarning, match=r'robust_scope="micro_batch": robust weights depend on how .* ranks\.'):
+        build(mode=mode, robust_scope="micro_batch")
+    with pytest.warns(UserWarning, match=f"with one group in each mode='{mode}' weighs nothing"):
+        build(mode=mode, robust_scope="micro_batch", per_device_train_batch_size=1)
 
 
-@pytest.mark.parametrize("mode", ["erm", "reweight"])
-def test_does_not_warn_where_nothing_is_weighed_anyway(mode: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "erm", "robust_scope": "micro_batch"}, {"mode": "dro", "per_device_train_batch_size": 1}],
+    ids=["nothing is weighed", "weights span the global batch"],
+)
+def test_does_not_warn_where_the_layout_changes_nothing(options: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build(mode=mode, per_device_train_batch_size=1)
+        build(**options)
 
 
 def test_cache_dir_is_text_and_accelerate_settings_of_the_user_stay() -> None:

@@ -1,0 +1,147 @@
+"""`transformers.Trainer` with checkpoints that survive whatever ends the run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
+
+from robust_dpo.checkpoints.draft import CheckpointError, Draft
+from robust_dpo.checkpoints.record import RunRecord
+from robust_dpo.checkpoints.resume import checkpoint_to_resume, decided_once
+from robust_dpo.checkpoints.state import load_parts, refuse_nonfinite, save_parts
+
+# What the libraries that write checkpoints make of a full disk: torch's writer names neither cause nor path.
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+class CheckpointedTrainer(Trainer):
+    """Writes checkpoints aside and lets them appear when they are whole; resumes only from such.
+
+    What transformers saves (weights, optimizer, scheduler, random states, place in the data) is saved by transformers.
+    """
+
+    _draft: Draft | None = None
+
+    def stateful_parts(self) -> Mapping[str, Stateful]:
+        """What else has a state that a resumed run needs, by name; the same on every rank."""
+        return {}
+
+    def run_record(self) -> RunRecord:
+        """What a resumed run has to share with this one."""
+        return RunRecord()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in transformers; checkpoints are checked before they are used.
+
+        Args:
+            resume_from_checkpoint: True goes on from the last checkpoint that is whole; a path from that one, or not
+                at all.
+            args, kwargs: as in transformers.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it is not whole, or the reference is another one.
+            CheckpointError: checkpoints cannot be written, or one holds what is not finite.
+        """
+        directory = Path(self.args.output_dir)
+
+        def checked() -> str | None:
+            folder = checkpoint_to_resume(resume_from_checkpoint, directory)
+            if folder is not None:
+                self.run_record().compare(Path(folder))
+            return folder
+
+        folder = decided_once(self.accelerator, checked)
+        if self.args.should_save and self.args.save_strategy != "no":
+            _refuse_unwritable(directory)
+        return super().train(folder, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, which takes one step more where it resumes at the last one, in the middle of an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """As in transformers; while a checkpoint is written, the directory where that is done."""
+        return str(super()._get_output_dir(trial) if self._draft is None else self._draft.staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        draft = Draft(Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with self._written_whole(draft):
+            super()._save_checkpoint(model, trial)
+            self._name_best(draft)
+            if self.args.should_save:
+                self.state.save_to_json(str(draft.folder / TRAINER_STATE_NAME))
+                save_parts(draft.folder, self.stateful_parts())
+                self.run_record().save(draft.folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(draft.final))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(draft.directory), self.args.save_total_limit, best, use_mtime=True)
+
+    @contextmanager
+    def _written_whole(self, draft: Draft) -> Iterator[None]:
+        """Collect the files of all ranks in the draft and let it appear; on an error it goes, the others stay."""
+        self._draft = draft
+        try:
+            if self.args.should_save:
+                draft.begin()
+            self.accelerator.wait_for_everyone()
+            yield
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                draft.publish()
+        except _WRITE_ERRORS as error:
+            if self.args.should_save:
+                draft.discard()
+            raise CheckpointError(_why_not_written(draft, error)) from error
+        finally:
+            self._draft = None
+        self.accelerator.wait_for_everyone()
+
+    def _name_best(self, draft: Draft) -> None:
+        """Name the best checkpoint by where it is, or will be, and not by where this one is written."""
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best == draft.name or (self.state.best_global_step and (draft.directory / best).is_dir()):
+            self.state.best_model_checkpoint = str(draft.directory / best)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in transformers, once the checkpoint is where it stays."""
+        if self._draft is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_parts(Path(checkpoint), self.stateful_parts())
+            refuse_nonfinite(Path(checkpoint), self.model, None if self.is_deepspeed_enabled else self.optimizer)
+
+
+def _refuse_unwritable(directory: Path) -> None:
+    """Find out before the training what would end it at its first checkpoint."""
+    draft = Draft(directory, "probe")
+    try:
+        draft.begin()
+        draft.staging.rmdir()
+    except OSError as error:
+        raise CheckpointError(f"output_dir: expected a directory for checkpoints, got {directory}: {error}") from error
+
+
+def _why_not_written(draft: Draft, error: BaseException) -> str:
+    others = sort_checkpoints(str(draft.directory))
+    last = f"the last one is {others[-1]}, to resume from" if others else "there is none before it"
+    try:
+        free = f"{shutil.disk_usage(draft.directory).free / 1e6:,.1f} MB are free there"
+    except OSError as gone:
+        free = f"the directory cannot be read: {gone}"
+    return f"{draft.final}: the checkpoint cannot be written ({error}); {free}; {last}"

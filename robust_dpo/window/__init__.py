@@ -1,0 +1,24 @@
+"""Exact robust weights for an optimizer step that is cut into micro-batches and spread over ranks.
+
+`AccumulationWindow` is what a trainer holds. It takes the micro-batches of a step, and gives for each the loss to
+backpropagate so that the step's gradient is that of the objective over all groups of all of them, on every rank.
+"""
+
+from robust_dpo.window.route import ROUTES, SCOPES, RoutePlan, plan_route
+from robust_dpo.window.supported import refuse_split_model, refuse_unknown_groups
+from robust_dpo.window.weighting import Weighed, Weighting, WindowSolution
+from robust_dpo.window.window import AccumulationWindow, make_weighting
+
+__all__ = [
+    "ROUTES",
+    "SCOPES",
+    "AccumulationWindow",
+    "RoutePlan",
+    "Weighed",
+    "Weighting",
+    "WindowSolution",
+    "make_weighting",
+    "plan_route",
+    "refuse_split_model",
+    "refuse_unknown_groups",
+]

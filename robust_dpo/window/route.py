@@ -1,0 +1,70 @@
+"""Which way an objective's weights over the global batch are had."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from robust_dpo.errors import argument_error
+from robust_dpo.robust import ExponentialTilt, RobustObjective
+
+ROUTES = ("auto", "one_pass", "two_pass")
+SCOPES = ("global_batch", "micro_batch")
+
+
+@dataclass(frozen=True)
+class RoutePlan:
+    """How the weights are had.
+
+    Args:
+        kind: "one_pass", "two_pass", or "micro_batch": each micro-batch by itself.
+        reason: why it is not one pass; empty where it is, or where it was asked for.
+    """
+
+    kind: str
+    reason: str = ""
+
+
+def plan_route(
+    objective: RobustObjective, scope: str, route: str, *, accelerator: Accelerator, micro_batches: int
+) -> RoutePlan:
+    """The route of a run.
+
+    Args:
+        objective: the aggregation over groups.
+        scope: one of SCOPES.
+        route: one of ROUTES; "auto" takes one pass where that is exact.
+        accelerator: of the run.
+        micro_batches: of an optimizer step.
+
+    Raises:
+        ValueError: one pass is asked for and cannot be exact.
+    """
+    if scope == "micro_batch":
+        return RoutePlan("micro_batch")
+    if route == "two_pass":
+        return RoutePlan("two_pass")
+    reason = _why_two_passes(objective) or (_why_not_rescaled(accelerator) if micro_batches > 1 else "")
+    if reason and route == "one_pass":
+        raise argument_error("robust_route", f"'auto' or 'two_pass': {reason}", repr(route))
+    return RoutePlan("two_pass" if reason else "one_pass", reason)
+
+
+def _why_two_passes(objective: RobustObjective) -> str:
+    """Why gradients of an objective cannot be accumulated before its weights are known; empty where they can."""
+    if objective.single_pass and isinstance(objective, ExponentialTilt):
+        return ""
+    return f"the groups of {objective.key} are coupled by more than one normaliser"
+
+
+def _why_not_rescaled(accelerator: Accelerator) -> str:
+    """Why accumulated gradients cannot be multiplied before they are reduced over ranks; empty where they can."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "DeepSpeed takes the gradients of each micro-batch away"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "FSDP keeps the gradients of earlier micro-batches to itself"
+    if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        return "sync_each_batch reduces the gradients of each micro-batch over ranks"
+    return ""

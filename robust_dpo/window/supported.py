@@ -1,0 +1,47 @@
+"""Set-ups in which it is not known which groups a step has, or where its gradients are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import TrainingArguments
+
+from robust_dpo.errors import argument_error
+
+
+def refuse_split_model(model: nn.Module, argument: str) -> None:
+    """Refuse a model whose layers `device_map` has put on several devices.
+
+    Raises:
+        ValueError: they are.
+    """
+    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    if len(devices) > 1:
+        expected = "a model on one device of each process; start one process per device, with FSDP to shard it"
+        raise argument_error(argument, expected, f"a device_map over {', '.join(sorted(devices))}")
+
+
+def refuse_unknown_groups(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Refuse arguments with which ranks do not each have groups of their own, in batches of one size.
+
+    Raises:
+        ValueError: an argument is of that kind.
+    """
+    if getattr(args, "train_sampling_strategy", "random") == "batch_rebalance" and not args.dataloader_drop_last:
+        expected = "True with train_sampling_strategy='batch_rebalance', which repeats groups to fill up the last step"
+        raise argument_error("dataloader_drop_last", expected, False)
+    if accelerator.num_processes == 1:
+        return
+    if not accelerator.even_batches and not args.dataloader_drop_last:
+        expected = "even_batches=True on several ranks (otherwise those with more batches wait for ever for the others)"
+        raise argument_error("accelerator_config", expected, "even_batches=False")
+    if accelerator.dispatch_batches:
+        expected = "dispatch_batches=False on several ranks, so that each collates groups of its own"
+        raise argument_error("accelerator_config", expected, "dispatch_batches=True")
+    parallel: Any = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        size = getattr(parallel, name, 1)
+        if size > 1:
+            raise argument_error("parallelism_config", f"{name}=1: every rank has to have groups of its own", size)

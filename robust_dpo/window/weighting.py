@@ -1,0 +1,86 @@
+"""What a route gives for each micro-batch, and what is known of a step at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from robust_dpo.output import PreferenceOutput
+
+Batch = dict[str, Any]
+
+
+class Forward(Protocol):
+    """Runs a micro-batch: by the objective of the run, or where there are `coefficients` [G], by Σ coefficients·ℓ."""
+
+    def __call__(self, model: nn.Module, batch: Batch, coefficients: Tensor | None = None) -> PreferenceOutput: ...
+
+
+class Look(Protocol):
+    """Runs a micro-batch for its group losses and log-probs: no gradient, no dropout, `loss` without meaning."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> PreferenceOutput: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of a window.
+
+    Args:
+        batch: what the collator made, without repeated groups.
+        counts: False for one that is only run so that this rank keeps in step with others; it weighs nothing.
+    """
+
+    batch: Batch
+    counts: bool
+
+
+@dataclass(frozen=True)
+class WindowSolution:
+    """The objective of one optimizer step; detached, the same on every rank unless the scope is a micro-batch.
+
+    Args:
+        value: [] the objective over the global batch.
+        ess: [] effective sample size 1/Σq².
+        max_weight: [] largest q.
+        parameter: [] robustness in force.
+        weights: [n] q of this rank's groups, in the order of its micro-batches.
+    """
+
+    value: Tensor
+    ess: Tensor
+    max_weight: Tensor
+    parameter: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A micro-batch that was run.
+
+    Args:
+        loss: [] to backpropagate; gradients add up over micro-batches and are averaged over ranks.
+        output: of the forward pass.
+        counts: whether its groups do.
+        solution: of the window, at its last micro-batch; None before.
+    """
+
+    loss: Tensor
+    output: PreferenceOutput
+    counts: bool
+    solution: WindowSolution | None
+
+
+class Weighting(Protocol):
+    """A route: `open` for each window, then `run` for each of its micro-batches, in order."""
+
+    def open(self, model: nn.Module, window: Sequence[MicroBatch]) -> list[Batch]:
+        """The batches to train on, in place of those of the window."""
+        ...
+
+    def run(self, model: nn.Module, batch: Batch, place: int) -> Weighed:
+        """Run the batch at `place` of the window forward."""
+        ...

@@ -1,0 +1,46 @@
+"""The same on two ranks, of which one is killed."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faulty_runs import Run, assert_same_end, changes, finish_ranks, has_checkpoint
+
+from robust_dpo.checkpoints import check
+
+OPTIONS = {"ddp_backend": "gloo", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    run = Run(tmp_path_factory.mktemp("ranks") / "run", options=OPTIONS)
+    assert finish_ranks(run) == [0, 0], run.output()
+    yield run
+
+
+def test_checkpoint_holds_the_files_of_all_ranks(whole: Run) -> None:
+    last = sorted(whole.folder.glob("checkpoint-*"))[-1]
+    assert check(last)
+    manifest = (last / "robust_dpo_manifest.json").read_text()
+    for rank in range(2):
+        assert f"rng_state_{rank}.pth" in manifest
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank(rank: int, whole: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", options=OPTIONS)
+    place = random.randrange(changes(whole, rank))
+    codes = finish_ranks(run, kill_at=(rank, place))
+    assert codes[rank] == -signal.SIGKILL, f"change {place}: {run.output()}"
+    assert finish_ranks(run, has_checkpoint(run)) == [0, 0], f"rank {rank} killed at change {place}: {run.output()}"
+    assert_same_end(run, whole)
+
+
+def test_no_rank_hangs_where_nothing_can_be_resumed(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", options=OPTIONS)
+    assert all(finish_ranks(run, resume=True))
+    assert "expected a checkpoint in" in run.output()

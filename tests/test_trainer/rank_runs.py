@@ -1,0 +1,110 @@
+"""Runs training cases on every rank and writes down how they ended; test_ranks.py launches it.
+
+Usage: torchrun rank_runs.py FOLDER ddp|fsdp, where FOLDER holds cases.json, data sets and models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import load_from_disk
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, TrainerCallback, set_seed
+
+from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
+
+DEFAULTS = {
+    "learning_rate": 0.1,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.05,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+
+
+class Steps(TrainerCallback):
+    """Ids and robust weights of this rank's groups, for each optimizer step."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.found: list[list[tuple[str, float]]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found.append(self.trainer.worst_groups(10_000))
+
+
+def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any], Any]:
+    """Train as `case` says; weights that were trained, the log and the steps, and the trainer."""
+    set_seed(0)  # of the adapter
+    steps = Steps()
+    trainer = RobustDPOTrainer(
+        str(folder / case.get("model", "model")),
+        None if case.get("lora") else str(folder / "reference"),
+        RobustDPOConfig(
+            output_dir=str(folder / f"run-{name}"),
+            ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+            **{**DEFAULTS, **case["options"]},
+        ),
+        train_dataset=load_from_disk(str(folder / case["rows"])),
+        processing_class=AutoTokenizer.from_pretrained(str(folder / "model")),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if case.get("lora") else None,
+        callbacks=[steps],
+    )
+    if case.get("lora"):
+        # Zero at first, which would leave half of the adapter without gradient.
+        for parameter_name, parameter in trainer.model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    steps.trainer = trainer
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    ends = {key: _whole(value.detach()) for key, value in model.named_parameters() if value.requires_grad}
+    return ends, {"log": log, "steps": steps.found, "ranks": trainer.args.world_size}, trainer
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+
+
+def _shard_on_cpu() -> None:
+    """Let accelerate shard models on CPUs: torch can, but accelerate asks for one of the kinds that have GPUs."""
+    begin = PartialState.__init__
+
+    def begin_as_gpus(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_as_gpus
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if sys.argv[2] == "fsdp":
+        _shard_on_cpu()
+    folder = Path(sys.argv[1])
+    for name, case in json.loads((folder / "cases.json").read_text()).items():
+        ends, told, trainer = run_case(folder, name, case)
+        (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(told))
+        if trainer.is_world_process_zero():
+            save_file(ends, folder / f"{name}.safetensors")
+    # Threads of gloo that outlive the interpreter abort the process.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
