@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -132,9 +133,11 @@ class _Runner:
             return None
         try:
             if go:
-                self._worker.connection.send(True)
+                # Who is dead already is found out by asking for the answer, with its exit code.
+                with suppress(BrokenPipeError):
+                    self._worker.connection.send(True)
             return self._worker.receive()
-        except (WorkerError, BrokenPipeError) as failure:
+        except WorkerError as failure:
             self.row.failure, self.row.seconds = str(failure), []
             return None
 
