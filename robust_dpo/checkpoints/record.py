@@ -12,7 +12,7 @@ from robust_dpo.errors import argument_error
 logger = logging.getLogger(__name__)
 
 _REFERENCE_FILE = "robust_dpo_reference.json"
-_RUN_FILE = "robust_dpo_run.json"
+RUN_FILE = "robust_dpo_run.json"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunRecord:
         """Write it into a checkpoint."""
         if self.reference is not None:
             (folder / _REFERENCE_FILE).write_text(json.dumps({"weights": self.reference}) + "\n", encoding="utf-8")
-        (folder / _RUN_FILE).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
+        (folder / RUN_FILE).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
 
     def compare(self, folder: Path) -> None:
         """Compare with the record of a checkpoint; other facts are named in the log.
@@ -41,7 +41,7 @@ class RunRecord:
         """
         if self.reference is not None:
             _refuse_other_reference(folder, self.reference)
-        file = folder / _RUN_FILE
+        file = folder / RUN_FILE
         if not file.exists():
             return
         before = json.loads(file.read_text(encoding="utf-8"))

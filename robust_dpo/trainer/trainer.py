@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -216,6 +217,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
             self.args.robust_route,
             accelerator=self.accelerator,
             micro_batches=self.args.gradient_accumulation_steps,
+            sharded=any(isinstance(parameter, DTensor) for parameter in self.model.parameters()),
         )
         if plan.reason:
             logger.warning("robust weights take a second forward pass: %s", plan.reason)

@@ -28,7 +28,7 @@ class RoutePlan:
 
 
 def plan_route(
-    objective: RobustObjective, scope: str, route: str, *, accelerator: Accelerator, micro_batches: int
+    objective: RobustObjective, scope: str, route: str, *, accelerator: Accelerator, micro_batches: int, sharded: bool
 ) -> RoutePlan:
     """The route of a run.
 
@@ -38,6 +38,7 @@ def plan_route(
         route: one of ROUTES; "auto" takes one pass where that is exact.
         accelerator: of the run.
         micro_batches: of an optimizer step.
+        sharded: the model has parameters that ranks hold parts of, whoever has sharded them.
 
     Raises:
         ValueError: one pass is asked for and cannot be exact.
@@ -46,7 +47,7 @@ def plan_route(
         return RoutePlan("micro_batch")
     if route == "two_pass":
         return RoutePlan("two_pass")
-    reason = _why_two_passes(objective) or (_why_not_rescaled(accelerator) if micro_batches > 1 else "")
+    reason = _why_two_passes(objective) or (_why_not_rescaled(accelerator, sharded) if micro_batches > 1 else "")
     if reason and route == "one_pass":
         raise argument_error("robust_route", f"'auto' or 'two_pass': {reason}", repr(route))
     return RoutePlan("two_pass" if reason else "one_pass", reason)
@@ -59,12 +60,14 @@ def _why_two_passes(objective: RobustObjective) -> str:
     return f"the groups of {objective.key} are coupled by more than one normaliser"
 
 
-def _why_not_rescaled(accelerator: Accelerator) -> str:
+def _why_not_rescaled(accelerator: Accelerator, sharded: bool) -> str:
     """Why accumulated gradients cannot be multiplied before they are reduced over ranks; empty where they can."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return "DeepSpeed takes the gradients of each micro-batch away"
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if accelerator.distributed_type == DistributedType.FSDP or sharded:
         return "FSDP keeps the gradients of earlier micro-batches to itself"
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         return "sync_each_batch reduces the gradients of each micro-batch over ranks"
+    if accelerator.scaler is not None:
+        return "activations in fp16 overflow under a loss that is not normalised yet"
     return ""

@@ -20,6 +20,7 @@ from robust_dpo.checkpoints import (
 )
 from robust_dpo.checkpoints.draft import STAGING, Draft
 from robust_dpo.checkpoints.manifest import FILE_NAME
+from robust_dpo.checkpoints.record import RUN_FILE
 
 
 @pytest.fixture
@@ -185,3 +186,14 @@ def test_checkpoint_that_lacks_more_is_not(
     _truncate(make_checkpoint(4, tmp_path / STAGING) / "model.safetensors")
     assert checkpoint_to_resume(True, tmp_path) == str(before)
     assert "it is not used" in caplog.text
+
+
+def test_a_checkpoint_whose_manifest_is_gone_is_not_taken_for_one_of_transformers(
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    folder = make_checkpoint(1)
+    (folder / FILE_NAME).unlink()
+    assert not check(folder), "plain transformers writes none"
+    (folder / RUN_FILE).write_text("{}")
+    with pytest.raises(BrokenCheckpoint, match="being deleted"):
+        check(folder)

@@ -108,8 +108,8 @@ def test_a_window_that_was_left_leaves_no_gradient(route: str) -> None:
 class _Engine:
     """What the choice of a route sees of an accelerator."""
 
-    def __init__(self, distributed_type: str = "MULTI_GPU", **options: Any) -> None:
-        self.distributed_type = distributed_type
+    def __init__(self, distributed_type: str = "MULTI_GPU", scaler: object = None, **options: Any) -> None:
+        self.distributed_type, self.scaler = distributed_type, scaler
         self.gradient_state = type("State", (), {"plugin_kwargs": options})()
 
 
@@ -123,11 +123,16 @@ class _Engine:
         (KLRobust(), _Engine("FSDP"), 2, "two_pass", "FSDP keeps the gradients"),
         (KLRobust(), _Engine("FSDP"), 1, "one_pass", ""),
         (KLRobust(), _Engine(sync_each_batch=True), 2, "two_pass", "sync_each_batch"),
+        (KLRobust(), _Engine(scaler=object()), 2, "two_pass", "activations in fp16"),
+        (KLRobust(), _Engine(scaler=object()), 1, "one_pass", ""),
     ],
-    ids=["tilt", "radius", "deepspeed", "deepspeed-one", "fsdp", "fsdp-one", "sync-each-batch"],
+    ids=[
+        *("tilt", "radius", "deepspeed", "deepspeed-one", "fsdp", "fsdp-one", "sync-each-batch"),
+        *("fp16-scaler", "fp16-scaler-one"),
+    ],
 )
 def test_route(objective: KLRobust, engine: Any, micro_batches: int, kind: str, reason: str) -> None:
-    options = {"accelerator": engine, "micro_batches": micro_batches}
+    options = {"accelerator": engine, "micro_batches": micro_batches, "sharded": False}
     plan = plan_route(objective, "global_batch", "auto", **options)
     assert plan.kind == kind
     assert reason in plan.reason and bool(reason) == bool(plan.reason)
@@ -138,6 +143,11 @@ def test_route(objective: KLRobust, engine: Any, micro_batches: int, kind: str, 
             ValueError, match=f"robust_route: expected 'auto' or 'two_pass': .*{reason}.*got 'one_pass'"
         ):
             plan_route(objective, "global_batch", "one_pass", **options)
+
+
+def test_a_model_that_somebody_else_has_sharded_takes_two_passes() -> None:
+    plan = plan_route(KLRobust(), "global_batch", "auto", accelerator=_Engine(), micro_batches=2, sharded=True)
+    assert plan.kind == "two_pass" and "FSDP" in plan.reason
 
 
 class _Arguments:
