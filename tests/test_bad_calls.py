@@ -186,7 +186,7 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (head, {"scores": torch.tensor([0, 1, NAN, 2])}, ValueError, r"^scores: expected finite values, got"),
     (head, {"scores": torch.zeros(2)}, ValueError, r"^scores: expected shape \[4\], one value per response, got \[2\]"),
     # aggregation and calibration
-    (head, {"robust": "cvar"}, ValueError, r"^robust: expected one of .*kl_radius.*got 'cvar'"),
+    (head, {"robust": "worst"}, ValueError, r"^robust: expected one of .*kl_radius.*got 'worst'"),
     (head, {"robust": 1.0}, TypeError, r"^robust: expected a name or a RobustObjective, got float"),
     (head, {"calibration": torch.tensor([1, -0.5])}, ValueError, r"^calibration: expected finite values of at least 0"),
     (head, {"calibration": torch.tensor([1, NAN])}, ValueError, r"^calibration: expected finite.*got \[1.0, nan\]"),

@@ -128,7 +128,8 @@ def test_a_row_in_parts_is_the_row(parts: list[list[float]]) -> None:
     # Relative to the largest logit: what is lost beside a huge one is not lost here.
     exact = -math.log(sum(math.exp(x - row[position].item()) for x in row.tolist()))
     assert got[1] == pytest.approx(exact, rel=1e-13, abs=1e-15)
-    assert got[1] == pytest.approx(logp, abs=1e-11)
+    if abs(row[position]) < 1e3:  # beside larger logits the reference's own difference has lost it
+        assert got[1] == pytest.approx(logp, abs=1e-11)
     assert got[2] == pytest.approx(entropy, abs=1e-10)
 
 
