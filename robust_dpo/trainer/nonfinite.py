@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -149,9 +150,11 @@ class NonFiniteGuard(TrainerCallback):
         elif bool(bad):
             self._steps.append(step)
             self.report()
-            if self._accelerator.scaler is not None and not args.max_grad_norm:
-                # Clipping would have done so; the scaler takes no step of gradients that it has not looked at.
-                self._accelerator.unscale_gradients(kwargs["optimizer"])
+            if self._accelerator.scaler is not None:
+                # The scaler takes no step of gradients that it has not looked at, and refuses to look twice: clipping
+                # and measuring their norm have had it do so.
+                with contextlib.suppress(RuntimeError):
+                    self._accelerator.unscale_gradients(kwargs["optimizer"])
             # Without gradients, rather than with zero ones: momentum and weight decay must not move the weights either.
             optimizer.zero_grad(set_to_none=True)
 
