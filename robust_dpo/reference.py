@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robust_dpo import losses as group_losses
 from robust_dpo.groups import GroupLayout, Groups
-from robust_dpo.robust import Chi2, CVaR, DrDPO, KLRobust, Mean, RobustObjective
+from robust_dpo.robust import Chi2, CVaR, DomainBatch, DrDPO, KLRobust, Mean, RobustObjective
 
 IGNORE_INDEX = -100
 
@@ -149,6 +149,15 @@ def _(robust: Chi2, losses: Tensor, calibration: Tensor) -> Tensor:
         left, right = high - (high - low) * _GOLDEN, low + (high - low) * _GOLDEN
         low, high = (low, right) if dual(left) < dual(right) else (left, high)
     return dual(((low + high) / 2).detach())
+
+
+@aggregate.register
+def _(robust: DomainBatch, losses: Tensor, calibration: Tensor) -> Tensor:
+    values, none = calibration * losses, losses.new_zeros(())
+    members = [robust.labels == domain for domain in range(len(robust.log_weights))]
+    means = torch.stack([values[member].mean() if member.any() else none for member in members])
+    weights = (robust.log_weights + robust.step_size * means.detach()).softmax(0)
+    return (weights * means).sum()
 
 
 _GOLDEN = (math.sqrt(5) - 1) / 2

@@ -3,10 +3,11 @@
 A new aggregation is one class in one file of this folder, registered with `register_objective`; import the file below.
 """
 
-from robust_dpo.robust import chi2, cvar, kl, mean
+from robust_dpo.robust import chi2, cvar, group_dro, kl, mean
 from robust_dpo.robust.base import ExponentialTilt, RobustObjective, Solution
 from robust_dpo.robust.chi2 import Chi2
 from robust_dpo.robust.cvar import CVaR
+from robust_dpo.robust.group_dro import DomainBatch, GroupDRO
 from robust_dpo.robust.kl import DrDPO, KLRobust
 from robust_dpo.robust.mean import Mean
 from robust_dpo.robust.modes import MODES, from_mode
@@ -16,8 +17,10 @@ __all__ = [
     "MODES",
     "CVaR",
     "Chi2",
+    "DomainBatch",
     "DrDPO",
     "ExponentialTilt",
+    "GroupDRO",
     "KLRobust",
     "Mean",
     "RobustObjective",
@@ -26,6 +29,7 @@ __all__ = [
     "chi2",
     "cvar",
     "from_mode",
+    "group_dro",
     "kl",
     "mean",
     "register_objective",

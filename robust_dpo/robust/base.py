@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,8 @@ class Solution:
 class RobustObjective(ABC):
     """Turns the losses of a batch's groups into one objective and its weights.
 
-    Subclasses are frozen dataclasses: hashable, and described in full by `key`.
+    Subclasses are dataclasses, described in full by `key` but for a state that `advance` changes. One that has a state
+    is also a `torch.distributed.checkpoint.stateful.Stateful`.
     """
 
     @property
@@ -60,6 +62,55 @@ class RobustObjective(ABC):
     def key(self) -> str:
         """What identifies the objective: its class and parameters."""
         return repr(self)
+
+    @property
+    def needs_domains(self) -> bool:
+        """Whether it depends on the domains of the groups: then `at(labels)` is what solves a batch."""
+        return False
+
+    def for_domains(self, names: Sequence[str]) -> RobustObjective:
+        """The objective for data of these domains, by name; itself where domains make no difference.
+
+        Raises:
+            ValueError, TypeError: it cannot be used with them.
+        """
+        return self
+
+    def labels_of(self, names: Sequence[str]) -> Tensor:
+        """[G] int64 on the CPU, for `at`: the domains of groups, by number; 0 where domains make no difference.
+
+        Raises:
+            ValueError: a domain is not known.
+        """
+        return torch.zeros(len(names), dtype=torch.int64)
+
+    def at(self, labels: Tensor, *, training: bool = True) -> RobustObjective:
+        """The objective of one batch, whose solutions leave the state as it is.
+
+        Args:
+            labels: [G] int64, the domain of each group, as `labels_of` numbers them.
+            training: whether the batch is that of an optimizer step. Evaluation takes the state as it is.
+        """
+        return self
+
+    def advance(
+        self, losses: Tensor, calibration: Tensor | None, labels: Tensor, *, taken: Tensor | bool = True
+    ) -> None:
+        """Move the state on by one optimizer step. Reads nothing back from the device.
+
+        Every rank has to call it with the same global batch.
+
+        Args:
+            losses, calibration: as in `solve`, of the global batch of the step.
+            labels: as in `at`.
+            taken: [] bool, whether the step has changed the weights. Otherwise it does not change the state either, nor
+                does one whose losses are not finite.
+        """
+        return None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Numbers [] of the state, by name, for logs."""
+        return {}
 
     @abstractmethod
     def solve(
