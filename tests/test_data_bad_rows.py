@@ -236,6 +236,38 @@ def test_bad_row(good: dict[str, Any], bad: Any, message: str, tmp_path: Path) -
     assert loaded.report.examples[0].startswith(f"{path}:3: {message}")
 
 
+DOMAINS: dict[str, tuple[Any, str]] = {
+    "absent": (
+        ...,
+        "missing field: 'topic', which is to name the row's domain; domain_column (--domain-column) is one of",
+    ),
+    "null": (None, "missing field: 'topic'"),
+    "empty": ("", "missing field: 'topic'"),
+    "blank": (" \t", "missing field: 'topic'"),
+    "empty list": ([], "missing field: 'topic'"),
+    "list of an empty text": ([""], "missing field: 'topic'"),
+    "list with a null": (["law", None], "wrong type: topic[1] must be a string, got null"),
+    "number with a fraction": (1.5, "wrong type: topic must name a domain, got float"),
+    "true": (True, "wrong type: topic must name a domain, got true/false"),
+    "object": ({"name": "law"}, "wrong type: topic must name a domain, got an object"),
+    "lone surrogate": ("\ud83d", r"invalid text: unpaired surrogate '\ud83d'"),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), DOMAINS.values(), ids=DOMAINS)
+def test_row_without_a_domain(value: Any, message: str, tmp_path: Path) -> None:
+    path, good = tmp_path / "rows.jsonl", {**GOOD_PAIR, "topic": "law"}
+    bad = GOOD_PAIR if value is ... else {**GOOD_PAIR, "topic": value}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, bad)))
+    with pytest.raises(DataError) as refused:
+        load_preferences(path, domain_column="topic")
+    assert str(refused.value).startswith(f"{path}:2: {message}")
+    loaded = load_preferences(path, domain_column="topic", on_bad_row="drop")
+    assert loaded.dataset["domain"][:] == ["law"]
+    assert sum(loaded.report.dropped.values()) == 1
+    assert len(load_preferences(path)) == 2
+
+
 def test_bad_row_of_parquet_names_its_row(tmp_path: Path) -> None:
     rows = [GOOD_PAIR, {**GOOD_PAIR, "rejected": None}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")

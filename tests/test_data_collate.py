@@ -48,14 +48,15 @@ def test_width_is_rounded_up(multiple: int | None, width: int) -> None:
 
 def test_optional_columns() -> None:
     rows = [
-        {**PAIR, "calibration": 0.5, "ref_logps": [-1.0, -2.0]},
-        {**TRIPLE, "calibration": 2, "ref_logps": [-3.0, -4.0, -5.0]},
+        {**PAIR, "calibration": 0.5, "ref_logps": [-1.0, -2.0], "domain": "law"},
+        {**TRIPLE, "calibration": 2, "ref_logps": [-3.0, -4.0, -5.0], "domain": "tax"},
     ]
     batch = PreferenceCollator()(rows)
     assert batch["calibration"].tolist() == [0.5, 2.0]
     assert batch["ref_logps"].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
     assert batch["calibration"].dtype == batch["ref_logps"].dtype == batch["scores"].dtype == torch.float32
-    assert "scores" not in PreferenceCollator()([PAIR])
+    assert batch["domains"] == ["law", "tax"]
+    assert not {"scores", "domains"} & set(PreferenceCollator()([PAIR]))
     assert batch["input_ids"][0].tolist() == [5, 6, 7, 0, 0]
 
 
@@ -80,9 +81,10 @@ def test_pad_token_of_a_tokenizer(pad: int | None, eos: int | None, expected: in
         ([{**PAIR, "ref_logps": [1.0] * 3}], "rows: expected 2 ref_logps, one per response of row 'a', got 3"),
         ([{**PAIR, "calibration": 1.0}, TRIPLE], "rows: expected 'calibration' in all rows or in none, got 1 of 2"),
         ([{**PAIR, "ref_logps": [1.0, 2.0]}, TRIPLE], "rows: expected 'ref_logps' in all rows or in none, got 1 of 2"),
+        ([{**PAIR, "domain": "law"}, TRIPLE], "rows: expected 'domain' in all rows or in none, got 1 of 2"),
     ],
     ids=["none", "not tokenised", "no prompt", "no responses", "empty response", "scores", "ref_logps",
-         "some calibrated", "some referenced"],
+         "some calibrated", "some referenced", "some of a domain"],
 )  # fmt: skip
 def test_refused_rows(rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -92,6 +94,11 @@ def test_refused_rows(rows: list[dict[str, Any]], message: str) -> None:
 def test_calibration_is_one_number_per_group() -> None:
     with pytest.raises(TypeError, match="rows: expected one float as calibration of row 'a', got list"):
         PreferenceCollator()([{**PAIR, "calibration": [1.0, 2.0]}])
+
+
+def test_domain_is_a_name() -> None:
+    with pytest.raises(TypeError, match="rows: expected a string as domain of row 'a', got int"):
+        PreferenceCollator()([{**PAIR, "domain": 3}])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
-from robust_dpo.data import load_preferences
+from robust_dpo.data import load_preferences, save_preferences
 from robust_dpo.data.rows import COLUMNS
 from robust_dpo.errors import DataError
 
@@ -110,6 +110,37 @@ FORMATS = {
         {"id": "x", "prompt": [user("Sky?")], "responses": ["a", "b"]},
     ),
 }
+
+
+DOMAINS = {
+    "text": ({"topic": "law"}, "topic", "law"),
+    "integer": ({"topic": 3}, "topic", "3"),
+    "texts that are the same": ({"topic": ["law", "law"]}, "topic", "law"),
+    "texts that differ": ({"topic": ["tax", "law", "tax"]}, "topic", "law+tax"),
+    "domain": ({"domain": "law"}, "domain", "law"),
+    "one source as sources": ({"source": "human"}, "sources", "human"),
+    "sources as source": ({"sources": ["model", "human"]}, "source", "human+model"),
+    "sources of each side": ({"chosen_source": "human", "rejected_source": "human"}, "source", "human"),
+    "id": ({"id": 7}, "id", "7"),
+}
+
+
+@pytest.mark.parametrize(("fields", "column", "domain"), DOMAINS.values(), ids=DOMAINS)
+def test_column_names_the_domain(fields: dict[str, Any], column: str, domain: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{**PAIR, **fields, "other": 1}])
+    loaded = load_preferences(path, domain_column=column)
+    assert loaded.dataset.column_names == [*COLUMNS, "domain"]
+    assert loaded.dataset[0]["domain"] == domain
+    assert loaded.report.ignored_columns == ("other",)
+    # It stays with the rows that are written, under one name.
+    saved = save_preferences(loaded, tmp_path / "canonical.jsonl")
+    assert load_preferences(saved, domain_column="domain").dataset[:] == loaded.dataset[:]
+    assert "domain" not in load_preferences(saved).dataset.column_names
+
+
+def test_domain_column_that_is_no_name_is_refused() -> None:
+    with pytest.raises(TypeError, match="domain_column: expected the name of a column, or None, got int"):
+        load_preferences([PAIR], domain_column=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("row", "expected"), FORMATS.values(), ids=FORMATS)

@@ -35,7 +35,7 @@ def close(actual: Tensor, expected: Tensor | float, tolerance: float = 1e-9) -> 
 
 
 def by_hand(q: list[float], batch: list[tuple[float, float, int]], step_size: float) -> tuple[list[float], float]:
-    """q and the objective after one step of the paper's algorithm, with Python's numbers."""
+    """The weights and the objective after one step of the paper's algorithm, with Python's numbers."""
     means = []
     for domain in range(len(q)):
         mine = [h * loss for loss, h, label in batch if label == domain]

@@ -18,6 +18,7 @@ from robust_dpo.cli.options import (
     Config,
     Data,
     Debug,
+    DomainColumn,
     Form,
     OnBadRow,
     Overwrite,
@@ -57,6 +58,7 @@ def calibrate(
         typer.Option(help="More data to learn from that is known to be right; not scored.", rich_help_panel=DATA_PANEL),
     ] = None,
     on_bad_row: BadRow = OnBadRow.error,
+    domain_column: DomainColumn = None,
     classifier: Annotated[
         str,
         typer.Option(
@@ -104,7 +106,7 @@ def calibrate(
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path}: is already there; choose another --out, or give --overwrite")
     console = Console()
-    loaded = load_preferences(data, on_bad_row=on_bad_row.value)
+    loaded = load_preferences(data, on_bad_row=on_bad_row.value, domain_column=domain_column)
     console.print(str(loaded.report), highlight=False, markup=False)
     result = calibrate_dataset(
         loaded.dataset,

@@ -80,6 +80,14 @@ BadRow = Annotated[
         help="Rows that cannot be used: stop at the first, or drop, count and explain them.", rich_help_panel=DATA_PANEL
     ),
 ]
+DomainColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column that names the part of the data that a row belongs to, for --robust group_dro; kept as `domain`, "
+        "which is the default there.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Every random choice follows from it.", rich_help_panel=GENERAL_PANEL)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output if it is there.", rich_help_panel=OUTPUT_PANEL)

@@ -17,6 +17,7 @@ from robust_dpo.cli.options import (
     Config,
     Data,
     Debug,
+    DomainColumn,
     Form,
     Mode,
     OnBadRow,
@@ -36,6 +37,7 @@ def train(
         str | None, typer.Option(help="Preference data to evaluate on during training.", rich_help_panel=DATA_PANEL)
     ] = None,
     on_bad_row: BadRow = OnBadRow.error,
+    domain_column: DomainColumn = None,
     max_length: Annotated[
         int, typer.Option(min=2, help="Tokens of prompt and response together.", rich_help_panel=DATA_PANEL)
     ] = 1024,
@@ -84,6 +86,14 @@ def train(
     radius: Annotated[
         float | None,
         typer.Option(help="KL radius ρ; λ is then found for it at every step.", rich_help_panel=OBJECTIVE_PANEL),
+    ] = None,
+    robust: Annotated[
+        str | None,
+        typer.Option(
+            help="Aggregation over groups by name, in place of the mode's: cvar, chi2, group_dro, …; parameters with "
+            "--trainer-arg 'robust_options={…}'.",
+            rich_help_panel=OBJECTIVE_PANEL,
+        ),
     ] = None,
     form: Annotated[
         Form, typer.Option(help="How probabilities become density ratios h.", rich_help_panel=OBJECTIVE_PANEL)

@@ -22,6 +22,7 @@ from robust_dpo.calibration.report import Mixture
 from robust_dpo.cli.config_file import nearest
 from robust_dpo.cli.models import load_causal_lm, load_tokenizer
 from robust_dpo.data import load_preferences, tokenize_groups
+from robust_dpo.data.domains import DOMAIN
 from robust_dpo.errors import DataError, argument_error
 from robust_dpo.reporting import RunDirectory
 from robust_dpo.reporting.callback import MetricsCallback
@@ -29,8 +30,9 @@ from robust_dpo.reporting.report import rebuild
 from robust_dpo.reporting.summary import comparison_table
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
 
-# Fields without effect here, as the command loads the models itself, and what to do instead.
+# Fields without effect here, as the command loads models and data itself, and what to do instead.
 _LOADING_FIELDS = {
+    "domain_column": "give the column to --domain-column",
     "model_init_kwargs": "save the model as it shall be loaded and give its folder to --model",
     "ref_model_init_kwargs": "save the reference as it shall be loaded and give its folder to --ref-model",
 }
@@ -41,6 +43,7 @@ _FIELDS = {
     "beta": "beta",
     "lam": "lam",
     "radius": "radius",
+    "robust": "robust",
     "form": "calibration_form",
     "reduce": "calibration_reduce",
     "max_length": "max_length",
@@ -83,8 +86,11 @@ class TrainingRun:
         """
         console = Console()
         config = self._trainer_config()
-        rows = self._rows("data", console)
-        eval_rows = None if self.options["eval_data"] is None else self._rows("eval_data", console)
+        domain_column = self.options["domain_column"] or (DOMAIN if config.objective().needs_domains else None)
+        rows = self._rows("data", domain_column, console)
+        eval_rows = None
+        if self.options["eval_data"] is not None:
+            eval_rows = self._rows("eval_data", domain_column, console)
         tokenizer = load_tokenizer(self.options["model"])
         eval_rows = None if eval_rows is None else _with_calibration(eval_rows, config, tokenizer)
         model = load_causal_lm(self.options["model"])
@@ -147,8 +153,12 @@ class TrainingRun:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"not the calibration.json of `robust-dpo calibrate`: {error}", path=path) from error
 
-    def _rows(self, option: str, console: Console) -> Dataset:
-        loaded = load_preferences(self.options[option], on_bad_row=self.options["on_bad_row"].value)
+    def _rows(self, option: str, domain_column: str | None, console: Console) -> Dataset:
+        loaded = load_preferences(
+            self.options[option],
+            on_bad_row=self.options["on_bad_row"].value,
+            domain_column=domain_column,
+        )
         console.print(str(loaded.report), highlight=False, markup=False)
         return loaded.dataset
 
@@ -176,7 +186,8 @@ def _extra_fields(assignments: Sequence[str]) -> dict[str, Any]:
         if name not in known:
             raise argument_error("--trainer-arg", f"a field of RobustDPOConfig{nearest(name, known)}", name)
         if name in _LOADING_FIELDS:
-            expected = f"no arguments of from_pretrained: the command loads the models itself; {_LOADING_FIELDS[name]}"
+            instead = _LOADING_FIELDS[name]
+            expected = f"no field for loading: the command loads the models itself, and the data; {instead}"
             raise argument_error("--trainer-arg", expected, name)
         parsed = yaml.safe_load(value)
         if isinstance(parsed, str):

@@ -32,13 +32,15 @@ class PreferenceCollator:
         input_ids, attention_mask, labels: [S, T] int64; labels are unshifted, −100 on prompt and padding.
         group_sizes: [G] int64, the K of each group.
         ids: list of G str, if the rows have an `id`.
+        domains: list of G str, if the rows have a column `domain`.
         scores: [S] float32, if any row has scores; rows without get 0, −1, −2, … (best first).
         calibration: [G] float32, if the rows have a column `calibration` (one float).
         ref_logps: [S] float32, if the rows have a column `ref_logps` (K floats).
         packed: `PackedGroups`, if `shared` is not None.
 
     Raises:
-        TypeError, ValueError: rows that are not tokenised groups, or where only some have a calibration or ref_logps.
+        TypeError, ValueError: rows that are not tokenised groups, or where only some have a calibration, ref_logps or
+            domain.
     """
 
     pad_token_id: int | None = None
@@ -81,6 +83,8 @@ class PreferenceCollator:
             batch["ref_logps"] = torch.tensor([x for row in rows for x in row["ref_logps"]], dtype=torch.float32)
         if _all_or_none(rows, "id"):
             batch["ids"] = [str(row["id"]) for row in rows]
+        if _all_or_none(rows, "domain"):
+            batch["domains"] = [row["domain"] for row in rows]
         return batch
 
     def _pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -110,6 +114,8 @@ def _check_row(row: Mapping[str, Any]) -> None:
             raise argument_error("rows", expected, len(row[field]))
     if row.get("calibration") is not None and not isinstance(row["calibration"], (int, float)):
         raise type_error("rows", f"one float as calibration of row {row.get('id')!r}", row["calibration"])
+    if row.get("domain") is not None and not isinstance(row["domain"], str):
+        raise type_error("rows", f"a string as domain of row {row.get('id')!r}", row["domain"])
 
 
 def _scores(row: Mapping[str, Any]) -> list[float]:

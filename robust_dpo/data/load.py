@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets import Features, Value
 
+from robust_dpo.data.domains import DOMAIN, domain_of
 from robust_dpo.data.formats import FORMATS, Format, detect_format
 from robust_dpo.data.readers import Record, Table, open_source
 from robust_dpo.data.rows import COLUMNS, DROP_HINT, BadRow, Reason, Row, features, kind_of
@@ -66,6 +68,7 @@ class PreferenceData:
 
     Args:
         dataset: columns id, prompt (text or messages), responses, scores, probs, sources; the last three may be null.
+            With a `domain_column` also domain.
         report: how it was read.
     """
 
@@ -83,6 +86,7 @@ def load_preferences(
     on_bad_row: str = "error",
     limit: int | None = None,
     name: str | None = None,
+    domain_column: str | None = None,
 ) -> PreferenceData:
     """Read preference data of any supported format into canonical rows.
 
@@ -94,6 +98,9 @@ def load_preferences(
         on_bad_row: "error" stops at the first row that cannot be used; "drop" leaves such rows out and counts them.
         limit: stop when this many rows are kept.
         name: the configuration of a Hub data set.
+        domain_column: the column that names the domain of each row, a part of the data that an aggregation over domains
+            weighs. Text or an integer is the name; of a list of texts, the different ones joined by "+". `sources` or
+            `source` is where the responses came from, however the rows spell it. A row without a value cannot be used.
 
     Returns:
         The rows in the order of the source, and the report.
@@ -109,12 +116,14 @@ def load_preferences(
         raise type_error("limit", "an integer or None", limit)
     if limit is not None and limit < 1:
         raise argument_error("limit", "at least 1", limit)
+    if domain_column is not None and not isinstance(domain_column, str):
+        raise type_error("domain_column", "the name of a column, or None", domain_column)
     tables = open_source(source, split, name)
-    loading = _Loading(drop=on_bad_row == "drop", limit=limit)
+    loading = _Loading(drop=on_bad_row == "drop", limit=limit, domain_column=domain_column)
     rows = chain.from_iterable(loading.rows_of(table) for table in tables)
     parts = []
     while chunk := list(islice(rows, _CHUNK)):
-        parts.append(datasets.Dataset.from_list(chunk, features=features(bool(loading.conversational))))
+        parts.append(datasets.Dataset.from_list(chunk, features=loading.features))
     label = str(source) if isinstance(source, (str, Path)) else tables[0].label
     return PreferenceData(datasets.concatenate_datasets(parts), loading.report(label))
 
@@ -125,6 +134,7 @@ class _Loading:
 
     drop: bool
     limit: int | None
+    domain_column: str | None
     conversational: bool | None = None
     read: int = 0
     kept: int = 0
@@ -134,6 +144,12 @@ class _Loading:
     ignored: set[str] = field(default_factory=set)
     ids: set[str] = field(default_factory=set)
     renamed: int = 0
+
+    @property
+    def features(self) -> Features:
+        """Types of the columns that `rows_of` gives."""
+        domain = {} if self.domain_column is None else {DOMAIN: Value("string")}
+        return Features({**features(bool(self.conversational)), **domain})
 
     def rows_of(self, table: Table) -> Iterator[dict[str, Any]]:
         """The usable rows of one table in canonical columns."""
@@ -150,12 +166,13 @@ class _Loading:
             self.read += 1
             try:
                 row = self._convert(record.value, fmt)
+                domain = self._domain(record.value, row)
             except BadRow as bad:
                 self._refuse(bad, table, record.line)
                 continue
             self.kept += 1
             identifier = self._unique(row.id or f"{table.prefix}:{record.line}")
-            yield {column: identifier if column == "id" else getattr(row, column) for column in COLUMNS}
+            yield {column: identifier if column == "id" else getattr(row, column) for column in COLUMNS} | domain
             if self.kept == self.limit:
                 return
         if self.kept == before[1]:
@@ -166,7 +183,7 @@ class _Loading:
         if not isinstance(value, Mapping):
             raise _not_a_row(value)
         row = fmt.convert(value)
-        self.ignored.update(column for column in value if column not in fmt.columns)
+        self.ignored.update(column for column in value if column not in {*fmt.columns, self.domain_column})
         conversational = not isinstance(row.prompt, str)
         if self.conversational not in (None, conversational):
             kinds = ("text", "messages")
@@ -174,6 +191,10 @@ class _Loading:
             raise BadRow(Reason.MIXED_PROMPTS, detail)
         self.conversational = conversational
         return row
+
+    def _domain(self, value: Mapping[str, Any], row: Row) -> dict[str, str]:
+        """The column of the row's domain, where one is wanted."""
+        return {} if self.domain_column is None else {DOMAIN: domain_of(value, self.domain_column, row.sources)}
 
     def _refuse(self, bad: BadRow, table: Table, line: int) -> None:
         """Count a bad row, or stop at it."""

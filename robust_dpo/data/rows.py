@@ -119,7 +119,7 @@ def check_encodable(text: str) -> None:
 
 
 def features(conversational: bool) -> Features:
-    """Column types of the canonical data set: `prompt` is text, or a list of messages."""
+    """Types of COLUMNS: `prompt` is text, or a list of messages."""
     message = {"role": Value("string"), "content": Value("string")}
     return Features(
         {

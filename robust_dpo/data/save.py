@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import datasets
 
+from robust_dpo.data.domains import DOMAIN
 from robust_dpo.data.load import PreferenceData
 from robust_dpo.data.rows import COLUMNS
 from robust_dpo.errors import DataError, argument_error, type_error
@@ -28,7 +29,8 @@ def save_preferences(data: PreferenceData | datasets.Dataset, path: str | Path) 
     leaves the old file or the new one, never half of one. Equal rows give equal bytes (JSON lines).
 
     Args:
-        data: what `load_preferences` returned, or a `datasets.Dataset` with canonical columns; others are not written.
+        data: what `load_preferences` returned, or a `datasets.Dataset` with canonical columns; others are not written,
+            but for `domain`, which `domain_column="domain"` reads back.
         path: a name that ends in .jsonl, .jsonl.gz or .parquet; the folder is made if needed.
 
     Returns:
@@ -41,7 +43,7 @@ def save_preferences(data: PreferenceData | datasets.Dataset, path: str | Path) 
     dataset = data.dataset if isinstance(data, PreferenceData) else data
     if not isinstance(dataset, datasets.Dataset):
         raise type_error("data", "PreferenceData or a datasets.Dataset", data)
-    columns = [column for column in COLUMNS if column in dataset.column_names]
+    columns = [column for column in (*COLUMNS, DOMAIN) if column in dataset.column_names]
     if not {"prompt", "responses"} <= set(columns):
         raise argument_error("data", "the canonical columns prompt and responses", dataset.column_names)
     if not len(dataset):

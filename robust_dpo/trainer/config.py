@@ -75,6 +75,14 @@ class RobustDPOConfig(TrainingArguments):
         metadata={"help": "A row that cannot be used: error or drop.", "choices": list(BAD_ROW_POLICIES)},
     )
 
+    domain_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the rows that names the domain of each, for aggregations over domains (group_dro); they "
+            "read `domain` by default."
+        },
+    )
+
     precompute_ref_log_probs: bool = field(
         default=False, metadata={"help": "Run the reference once over the data before training, then release it."}
     )
@@ -185,6 +193,8 @@ class RobustDPOConfig(TrainingArguments):
             if not isinstance(self.cache_dir, str | os.PathLike):
                 raise type_error("cache_dir", "the path of a directory, or None", self.cache_dir)
             self.cache_dir = os.fspath(self.cache_dir)
+        if self.domain_column is not None and not isinstance(self.domain_column, str):
+            raise type_error("domain_column", "the name of a column, or None", self.domain_column)
         self._check_choices()
         check_backend(self.backend, self.device)
         self._check_counts()

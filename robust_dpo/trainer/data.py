@@ -14,9 +14,11 @@ from datasets import Dataset, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from robust_dpo.calibration.rows import calibrate_rows
-from robust_dpo.data import PreferenceCollator, load_preferences, tokenize_groups
+from robust_dpo.data import BadRow, PreferenceCollator, load_preferences, tokenize_groups
+from robust_dpo.data.domains import DOMAIN, domain_of
 from robust_dpo.data.fingerprint import json_fingerprint, tokenizer_fingerprint
 from robust_dpo.errors import DataError, argument_error, type_error
+from robust_dpo.robust import RobustObjective
 from robust_dpo.trainer.config import RobustDPOConfig
 
 Rows: TypeAlias = "Dataset | str | Path | Iterable[Mapping[str, Any]]"
@@ -37,17 +39,24 @@ class TokenRecipe:
 
 @dataclass(frozen=True)
 class RowPreparation:
-    """Loads, tokenises and calibrates rows as the arguments say."""
+    """Loads, tokenises and calibrates rows as the arguments say.
+
+    Args:
+        args: of the run.
+        tokenizer: of the model.
+        objective: of the run, which may know some domains only; None is one that knows all.
+    """
 
     args: RobustDPOConfig
     tokenizer: PreTrainedTokenizerBase
+    objective: RobustObjective | None = None
 
     @property
     def collator(self) -> PreferenceCollator:
         return PreferenceCollator.for_tokenizer(self.tokenizer, self.args.pad_to_multiple_of)
 
     def __call__(self, rows: Rows, argument: str) -> Dataset:
-        """Tokenised groups with an `id`, and with a `calibration` where the mode uses it.
+        """Tokenised groups with an `id`, and with a `calibration` and a `domain` where the objective uses them.
 
         Args:
             rows: anything that `load_preferences` reads, or the output of `tokenize_groups`.
@@ -56,18 +65,20 @@ class RowPreparation:
         Raises:
             TypeError: the rows are a stream.
             DataError: a row cannot be used, or has no `probs` although the mode is a calibrated one, or no `scores`
-                although the loss reads their values.
+                although the loss reads their values, or no domain, or one that is not known, although the objective
+                weighs them.
         """
         if isinstance(rows, IterableDataset | IterableDatasetDict):
             raise type_error(argument, "a data set of known length, not a stream", rows)
         if isinstance(rows, Dataset):
-            dataset = rows if set(rows.column_names) >= _TOKENISED else self._tokenise(rows)
+            tokenised = set(rows.column_names) >= _TOKENISED
+            dataset = self._with_domains(rows, argument) if tokenised else self._tokenise(rows)
         elif isinstance(rows, str | Path):
             dataset = self._tokenise(rows)
         else:
             rows = list(rows)
             tokenised = bool(rows) and all(row.keys() >= _TOKENISED for row in rows)
-            dataset = Dataset.from_list(rows) if tokenised else self._tokenise(rows)
+            dataset = self._with_domains(Dataset.from_list(rows), argument) if tokenised else self._tokenise(rows)
         if len(dataset) == 0:
             raise argument_error(argument, "at least one row", "none")
         if self.args.bound_loss().needs_scores:
@@ -78,6 +89,8 @@ class RowPreparation:
             _require_fitting_ref_logps(dataset, argument)
         if self.args.calibrated and "calibration" not in dataset.column_names:
             dataset = dataset.add_column("calibration", self._calibration(dataset, argument))
+        if self.objective is not None and self.objective.needs_domains:
+            self._require_known_domains(dataset, argument)
         return dataset
 
     @property
@@ -89,7 +102,7 @@ class RowPreparation:
 
     def _tokenise(self, rows: Rows) -> Dataset:
         """Checked rows as token ids; where they are kept, one process makes them and the others read them."""
-        checked = load_preferences(rows, on_bad_row=self.args.on_bad_row).dataset
+        checked = load_preferences(rows, on_bad_row=self.args.on_bad_row, domain_column=self._domain_column).dataset
         with nullcontext() if self.args.cache_dir is None else self.args.main_process_first(desc="tokenising"):
             return tokenize_groups(
                 checked,
@@ -101,6 +114,35 @@ class RowPreparation:
                 num_proc=self.args.dataset_num_proc,
                 cache_dir=self.args.cache_dir,
             )
+
+    @property
+    def _domain_column(self) -> str | None:
+        """The column that names the domains, where they are wanted."""
+        return self.args.domain_column or (DOMAIN if self.args.objective().needs_domains else None)
+
+    def _with_domains(self, dataset: Dataset, argument: str) -> Dataset:
+        """Rows that were tokenised elsewhere, with the column `domain` that others get on the way."""
+        column = self._domain_column
+        if column is None or len(dataset) == 0:
+            return dataset
+        named = [name for name in dict.fromkeys((column, "sources", "id")) if name in dataset.column_names]
+        domains = []
+        for number, row in enumerate(dataset.select_columns(named)):
+            try:
+                domains.append(domain_of(row, column, row.get("sources")))
+            except BadRow as bad:
+                raise DataError(f"{argument}: row {row.get('id', str(number))!r}: {bad}") from bad
+        bare = dataset.remove_columns(DOMAIN) if DOMAIN in dataset.column_names else dataset
+        return bare.add_column(DOMAIN, domains)
+
+    def _require_known_domains(self, dataset: Dataset, argument: str) -> None:
+        """Refuse rows of a domain that has no weight."""
+        assert self.objective is not None
+        try:
+            self.objective.labels_of(dataset.unique(DOMAIN))
+        except ValueError as error:
+            reason = "only the domains of the training data, or of robust_options={'domains': [...]}, have a weight"
+            raise DataError(f"{argument}: {error}; {reason}") from error
 
     def _require_scores(self, dataset: Dataset, argument: str) -> None:
         """Refuse rows whose scores the collator would have to make up from the order of the responses."""
