@@ -183,6 +183,15 @@ def test_solving_leaves_the_state_as_it_is_and_a_batch_keeps_its_weights() -> No
     assert not torch.equal(objective.at(labels).solve(losses).value, value)
 
 
+def test_nothing_is_read_from_the_device() -> None:
+    """Tensors without contents cannot give up a number: whatever reads one fails."""
+    objective, losses = GroupDRO(NAMES, 0.5), torch.rand(4, device="meta")
+    labels = torch.zeros(4, dtype=torch.int64, device="meta")
+    objective.advance(losses, losses, labels, taken=torch.tensor(True, device="meta"))
+    assert objective.at(labels).solve(losses, losses).coefficients.device.type == "meta"
+    assert {value.device.type for value in objective.metrics().values()} == {"meta"}
+
+
 # The state
 
 

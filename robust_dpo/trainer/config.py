@@ -218,6 +218,9 @@ class RobustDPOConfig(TrainingArguments):
             raise argument_error("radius", f"None with mode={self.mode!r}, which has no worst case", self.radius)
         self.bound_loss()
         self.objective()
+        if self.robust_scope == "micro_batch" and self.objective().needs_domains:
+            expected = f"'global_batch' with {self.robust}, whose weights take a step at each optimizer step"
+            raise argument_error("robust_scope", expected, repr(self.robust_scope))
         if self.robust_scope == "micro_batch" and self.weighs_groups:
             few = self.per_device_train_batch_size == 1
             warnings.warn(

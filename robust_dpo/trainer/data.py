@@ -93,6 +93,17 @@ class RowPreparation:
             self._require_known_domains(dataset, argument)
         return dataset
 
+    def objective_for(self, dataset: Dataset | None) -> RobustObjective:
+        """The aggregation of the run for training data that were prepared, or for evaluation alone.
+
+        Raises:
+            ValueError: it has domains of its own, and not all of theirs.
+        """
+        objective = self.args.objective()
+        if dataset is None or not objective.needs_domains:
+            return objective
+        return objective.for_domains(sorted(dataset.unique(DOMAIN)))
+
     @property
     def recipe(self) -> TokenRecipe:
         """How rows become token ids."""
@@ -102,7 +113,9 @@ class RowPreparation:
 
     def _tokenise(self, rows: Rows) -> Dataset:
         """Checked rows as token ids; where they are kept, one process makes them and the others read them."""
-        checked = load_preferences(rows, on_bad_row=self.args.on_bad_row, domain_column=self._domain_column).dataset
+        checked = load_preferences(
+            rows, on_bad_row=self.args.on_bad_row, domain_column=self._domain_column(rows)
+        ).dataset
         with nullcontext() if self.args.cache_dir is None else self.args.main_process_first(desc="tokenising"):
             return tokenize_groups(
                 checked,
@@ -115,14 +128,17 @@ class RowPreparation:
                 cache_dir=self.args.cache_dir,
             )
 
-    @property
-    def _domain_column(self) -> str | None:
-        """The column that names the domains, where they are wanted."""
-        return self.args.domain_column or (DOMAIN if self.args.objective().needs_domains else None)
+    def _domain_column(self, rows: Rows) -> str | None:
+        """The column that names the domains of rows, where they are wanted."""
+        column = self.args.domain_column or (DOMAIN if self.args.objective().needs_domains else None)
+        if column is None or not isinstance(rows, Dataset) or column in rows.column_names:
+            return column
+        # Rows that were read with the same column have it as their domain by now.
+        return DOMAIN if DOMAIN in rows.column_names else column
 
     def _with_domains(self, dataset: Dataset, argument: str) -> Dataset:
         """Rows that were tokenised elsewhere, with the column `domain` that others get on the way."""
-        column = self._domain_column
+        column = self._domain_column(dataset)
         if column is None or len(dataset) == 0:
             return dataset
         named = [name for name in dict.fromkeys((column, "sources", "id")) if name in dataset.column_names]

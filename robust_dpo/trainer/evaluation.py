@@ -55,7 +55,7 @@ def evaluate_groups(
             first = nested_concat(first, other)
         predictions = first
     table = like.of_tensor(torch.from_numpy(predictions))
-    solution = objective.solve(table)
+    solution = objective.solve(table, training=False)
     columns = [group_metrics(table.groups, reward_beta), logp_accuracies(table.groups)]
     calibration = torch.ones_like(solution.group_losses) if table.calibration is None else table.calibration
     robust = solution.robust

@@ -82,6 +82,7 @@ class NonFiniteGuard(TrainerCallback):
 
     Attributes:
         skipped_steps: how many `report` has told of.
+        taken: [] bool, whether the optimizer step at hand changes the weights, known from `on_pre_optimizer_step` on.
     """
 
     def __init__(self, accelerator: Accelerator, *, skip: bool) -> None:
@@ -93,6 +94,7 @@ class NonFiniteGuard(TrainerCallback):
         self._value: Tensor | None = None
         self._counted: Tensor | None = None
         self.skipped_steps = 0
+        self.taken: Tensor | bool = True
 
     def watch(self, loss: Tensor, group_losses: Tensor, ids: list[str]) -> None:
         """Remember the loss [] and the group losses [G] of a micro-batch. Reads nothing from the device."""
@@ -157,6 +159,7 @@ class NonFiniteGuard(TrainerCallback):
                     self._accelerator.unscale_gradients(kwargs["optimizer"])
             # Without gradients, rather than with zero ones: momentum and weight decay must not move the weights either.
             optimizer.zero_grad(set_to_none=True)
+        self.taken = bad == 0
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the flag away again; the optimizer is the user's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from robust_dpo.trainer.evaluation import evaluate_groups
 from robust_dpo.trainer.metrics import GROUP_METRICS, RunningMeans, group_metrics, robust_metrics, seen_groups
 from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer
 from robust_dpo.trainer.nonfinite import NonFiniteGuard
+from robust_dpo.trainer.objective_steps import ObjectiveSteps
 from robust_dpo.trainer.planner import ScorerPlanner
 from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
@@ -110,12 +112,15 @@ class RobustDPOTrainer(CheckpointedTrainer):
         if args.disable_dropout:
             disable_dropout(policy)
 
-        self._prepare = RowPreparation(args, processing_class)
+        prepare = RowPreparation(args, processing_class)
+        train_rows = None if train_dataset is None else prepare(train_dataset, "train_dataset")
+        robust = prepare.objective_for(train_rows)
+        self._prepare = replace(prepare, objective=robust)
         super().__init__(
             model=policy,
             args=args,
             data_collator=self._prepare.collator if data_collator is None else data_collator,
-            train_dataset=None if train_dataset is None else self._prepare(train_dataset, "train_dataset"),
+            train_dataset=train_rows,
             eval_dataset=_for_each(eval_dataset, lambda rows: self._prepare(rows, "eval_dataset")),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -124,7 +129,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         # transformers then divides the loss by the number of micro-batches of a step, which `compute_loss` undoes.
         self.model_accepts_loss_kwargs = False
         self.bound_loss = args.bound_loss()
-        self.objective = BatchObjective(self.bound_loss, args.objective(), args.sft_weight)
+        self.objective = BatchObjective(self.bound_loss, robust, args.sft_weight, args.calibrated)
         self._reward_beta = args.reward_beta
         sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         sharded = sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -140,6 +145,8 @@ class RobustDPOTrainer(CheckpointedTrainer):
         self._means = RunningMeans()
         self._guard = NonFiniteGuard(self.accelerator, skip=args.on_nonfinite == "skip")
         self.add_callback(self._guard)
+        self._objective_steps = ObjectiveSteps(robust, self._guard, self._means, self.accelerator)
+        self.add_callback(self._objective_steps)
         self._window = self._make_window()
         self._window_ids: list[str] = []
         self._last_weights: tuple[Tensor, list[str]] | None = None
@@ -186,7 +193,19 @@ class RobustDPOTrainer(CheckpointedTrainer):
         with torch.no_grad(), evaluating(model), self.accelerator.autocast():
             ref_logps = self._ref_logps(model, batch)
             groups = seen_groups(batch, self._scorer.logps(model, batch), ref_logps)
-        return GroupTable(groups, batch["calibration"] if self.args.calibrated else None)
+        return GroupTable(groups, batch["calibration"] if self.args.calibrated else None, batch.get("domain_labels"))
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """As in transformers, with the numbers of the groups' domains where the objective depends on them."""
+        batch: Batch = super()._prepare_inputs(inputs)
+        return self._labelled(batch)
+
+    def _labelled(self, batch: Batch) -> Batch:
+        robust = self.objective.robust
+        if not robust.needs_domains or "domain_labels" in batch:
+            return batch
+        labels = robust.labels_of(batch["domains"]).to(batch["input_ids"].device, non_blocking=True)
+        return {**batch, "domain_labels": labels}
 
     def _build_reference(self, ref_model: nn.Module | None) -> Reference | None:
         """The reference of the run; None where the loss needs none or all rows bring its log-probs."""
@@ -249,10 +268,11 @@ class RobustDPOTrainer(CheckpointedTrainer):
             batch: what the collator gives, on the model's device.
             slopes: [S], for the loss Σ slopes · logp in place of the objective.
         """
-        batch = self._scorer.laid_out(batch)
+        batch = self._labelled(self._scorer.laid_out(batch))
+        robust, labels = self.objective.robust, batch.get("domain_labels")
         objective: dict[str, Any] = {
             "loss": self.bound_loss,
-            "robust": self.objective.robust,
+            "robust": robust if labels is None else robust.at(labels, training=model.training),
             "calibration": batch["calibration"] if self.args.calibrated else None,
             "scores": batch.get("scores"),
         }
@@ -318,6 +338,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
             self._means.add(known | dict(solution.terms) | robust_metrics(solution.max_weight, solution.ess, parameter))
             self._last_weights = solution.weights, self._window_ids
             self._guard.watch_step(solution.value)
+            self._objective_steps.watch(solution.domain_losses)
             self._step_loss = solution.value
 
     def get_batch_samples(

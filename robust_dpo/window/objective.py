@@ -42,24 +42,32 @@ class BatchObjective:
         robust: the aggregation.
         sft_weight: ≥ 0, times the negative log-likelihood of the best response of each group, a mean over their tokens:
             w · Σ_g −S_g / Σ_g |y_g|. It has no part in the worst case, and no calibration.
+        calibrated: whether the aggregation uses the calibration of the groups.
     """
 
     loss: BoundLoss
     robust: RobustObjective
     sft_weight: float = 0.0
+    calibrated: bool = True
 
     @property
     def adds_terms(self) -> bool:
         """Whether there is more to it than the aggregation."""
         return self.sft_weight > 0
 
-    def solve(self, table: GroupTable) -> BatchSolution:
-        """Value and slopes, by autograd on these few numbers: any differentiable loss of any groups will do."""
+    def solve(self, table: GroupTable, *, training: bool = True) -> BatchSolution:
+        """Value and slopes, by autograd on these few numbers: any differentiable loss of any groups will do.
+
+        Args:
+            table: the batch.
+            training: whether it is that of an optimizer step, for aggregations with a state.
+        """
+        aggregation = self.robust if table.labels is None else self.robust.at(table.labels, training=training)
         with torch.enable_grad():
             logps = table.groups.logps.detach().requires_grad_()
             groups = replace(table.groups, logps=logps)
             losses = self.loss(groups)
-            robust = self.robust.solve(losses, table.calibration)
+            robust = aggregation.solve(losses, table.calibration)
             value, terms = robust.attach(losses), {}
             if self.adds_terms:
                 terms["nll_loss"] = best_nll(groups)

@@ -23,13 +23,15 @@ class GroupTable:
     Args:
         groups: the responses of each group.
         calibration: [G] h, or None where the objective does not use it.
+        labels: [G] int64, the domain of each group by number, likewise.
     """
 
     groups: Groups
     calibration: Tensor | None = None
+    labels: Tensor | None = None
 
     def to_tensor(self) -> Tensor:
-        """[G, K, 6] exact dtype; what is missing is 0. Groups without scores get those that rank them by position."""
+        """[G, K, 7] exact dtype; what is missing is 0. Groups without scores get those that rank them by position."""
         groups, none = self.groups, torch.zeros_like(self.groups.logps)
         columns = (
             groups.mask,
@@ -38,12 +40,13 @@ class GroupTable:
             groups.lengths,
             groups.quality,
             none if self.calibration is None else self.calibration[:, None].expand_as(none),
+            none if self.labels is None else self.labels[:, None].expand_as(none),
         )
         return torch.stack([column.to(exact_dtype(none.device)) for column in columns], dim=-1)
 
     def of_tensor(self, values: Tensor) -> GroupTable:
-        """The table [G, K, 6] of a larger batch that has what this one has, with any padding along K."""
-        present, logps, ref_logps, lengths, scores, calibration = values.unbind(-1)
+        """The table [G, K, 7] of a larger batch that has what this one has, with any padding along K."""
+        present, logps, ref_logps, lengths, scores, calibration, labels = values.unbind(-1)
         mask = present == 1
         groups = Groups(
             logps=logps.where(mask, 0.0),
@@ -52,7 +55,11 @@ class GroupTable:
             ref_logps=None if self.groups.ref_logps is None else ref_logps.where(mask, 0.0),
             scores=scores.where(mask, 0.0),
         )
-        return GroupTable(groups, None if self.calibration is None else calibration[:, 0])
+        return GroupTable(
+            groups,
+            None if self.calibration is None else calibration[:, 0],
+            None if self.labels is None else labels[:, 0].long(),
+        )
 
 
 def batch_layout(group_sizes: Tensor, device: torch.device) -> GroupLayout:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robust_dpo.window.objective import BatchObjective, BatchSolution
 from robust_dpo.window.ranks import Ranks
 from robust_dpo.window.table import PRESENT, GroupTable, batch_layout, padded_alike
-from robust_dpo.window.weighting import Batch, Forward, Look, MicroBatch, Weighed, WindowSolution
+from robust_dpo.window.weighting import Batch, DomainLosses, Forward, Look, MicroBatch, Weighed, WindowSolution
 
 
 class TwoPass:
@@ -42,7 +42,8 @@ class TwoPass:
         tables = [self._look(model, each.batch) for each in window]
         everyone = self._everyone(tables)
         real = everyone[..., 0, PRESENT] == 1
-        solution = self._objective.solve(tables[0].of_tensor(everyone[real]))
+        table = tables[0].of_tensor(everyone[real])
+        solution = self._objective.solve(table)
         # Slopes that are not numbers must reach the loss, which stops the step, not the check of the operator.
         usable = solution.slopes.isfinite().all()
         self._factor = torch.where(usable, float(self._ranks.num_processes), float("nan"))
@@ -60,6 +61,7 @@ class TwoPass:
             parameter=solution.robust.parameter,
             weights=torch.cat([weights.new_empty(0), *counted]),
             terms=solution.terms,
+            domain_losses=_domain_losses(table, solution),
         )
         references = [table.groups.ref_logps for table in tables]
         return [
@@ -96,3 +98,7 @@ class TwoPass:
         spread[real] = columns
         own = spread[:, self._ranks.process_index]
         return own[..., :-2], own[..., -2], own[..., -1]
+
+
+def _domain_losses(table: GroupTable, solution: BatchSolution) -> DomainLosses | None:
+    return None if table.labels is None else DomainLosses(solution.group_losses, table.calibration, table.labels)

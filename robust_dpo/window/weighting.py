@@ -40,6 +40,15 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class DomainLosses:
+    """What moves an aggregation over domains on: the global batch's losses [G], h [G] or None, and labels [G] int64."""
+
+    losses: Tensor
+    calibration: Tensor | None
+    labels: Tensor
+
+
+@dataclass(frozen=True)
 class WindowSolution:
     """The objective of one optimizer step; detached, the same on every rank unless the scope is a micro-batch.
 
@@ -50,6 +59,7 @@ class WindowSolution:
         parameter: [] robustness in force.
         weights: [n] q of this rank's groups, in the order of its micro-batches.
         terms: [] each, what was added to the aggregation over groups, by the name that it is logged under.
+        domain_losses: where the groups have domains.
     """
 
     value: Tensor
@@ -58,6 +68,7 @@ class WindowSolution:
     parameter: Tensor
     weights: Tensor
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+    domain_losses: DomainLosses | None = None
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ def make_weighting(
     if plan.kind == "two_pass":
         return TwoPass(objective, forward, look, accelerator)
     if plan.kind == "in_one":
-        return InOne(forward)
-    return Alone(TwoPass(objective, forward, look, OneRank()) if objective.adds_terms else InOne(forward))
+        return InOne(forward, calibrated=objective.calibrated)
+    by_itself = InOne(forward, calibrated=objective.calibrated)
+    return Alone(TwoPass(objective, forward, look, OneRank()) if objective.adds_terms else by_itself)
 
 
 class AccumulationWindow:

@@ -50,6 +50,7 @@ def test_column_becomes_the_domains_of_a_batch(rows: Any, prepare: Any, tokenize
 def test_rows_that_are_loaded_already_have_it_as_domain(rows: Any, prepare: Any) -> None:
     canonical = load_preferences(rows, domain_column="topic").dataset
     assert prepare(canonical, robust="group_dro")["domain"][:] == TOPICS
+    assert prepare(canonical, robust="group_dro", domain_column="topic")["domain"][:] == TOPICS
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["dicts", "data set"])
@@ -59,6 +60,11 @@ def test_rows_that_are_tokenised_already(rows: Any, prepare: Any, tokenizer: Any
     stale = kind([{**row, "domain": "old"} for row in made])
     assert prepare(stale, robust="group_dro", domain_column="topic")["domain"][:] == TOPICS
     assert prepare(stale, robust="group_dro")["domain"][:] == ["old"] * 4
+
+
+def test_preparing_twice_changes_nothing(rows: Any, prepare: Any) -> None:
+    once = prepare(rows, robust="group_dro", domain_column="topic")
+    assert prepare(once, robust="group_dro", domain_column="topic")[:] == once[:]
 
 
 def test_nobody_asks_nobody_gets(rows: Any, prepare: Any) -> None:

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from test_trainer.rank_runs import run_case
 
 DORA = {"mode": "dora", "lam": 0.05, "max_steps": 3}
+SOURCES = ("law", "tax", "law", "art")
+DOMAINS = {"robust": "group_dro", "domain_column": "sources", "robust_options": {"step_size": 2.0}}
 # name: (groups of a step, case); the layouts below cut the groups of a step.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dora": (12, {"rows": "pairs", "options": DORA}),
@@ -27,9 +29,12 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dora-tied": (12, {"rows": "pairs", "options": DORA, "model": "tied"}),
     "two-pass": (12, {"rows": "pairs", "options": {**DORA, "robust_route": "two_pass"}}),
     "radius": (12, {"rows": "pairs", "options": {"mode": "dora", "radius": 0.1, "max_steps": 3}}),
+    "domains": (12, {"rows": "pairs", "options": {"mode": "dora", **DOMAINS, "max_steps": 3}}),
     # Two epochs of 13 groups, whose last step has but 1 or 5 of them: a rank has nothing that counts.
     "uneven": (4, {"rows": "uneven", "options": {"mode": "dro", "lam": 0.05, "num_train_epochs": 2}}),
     "uneven-two-pass": (8, {"rows": "uneven", "options": {"mode": "dro", "radius": 0.1, "num_train_epochs": 2}}),
+    # With steps that lack a domain.
+    "uneven-domains": (4, {"rows": "uneven", "options": {"mode": "dro", **DOMAINS, "num_train_epochs": 2}}),
 }
 # FSDP2 wraps each decoder layer, and the rest of the model around them.
 SHARDED = {
@@ -55,8 +60,20 @@ LAYOUTS = {
         ("uneven", 2),
         ("uneven-two-pass", 2),
         ("uneven-two-pass", 4),
+        ("domains", 6),
+        ("domains", 2),
+        ("uneven-domains", 1),
+        ("uneven-domains", 2),
     ],
-    ("fsdp", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("dora-lora", 6), ("radius", 3), ("uneven", 1)],
+    ("fsdp", 2): [
+        ("dora", 6),
+        ("dora", 2),
+        ("dora-tied", 3),
+        ("dora-lora", 6),
+        ("radius", 3),
+        ("uneven", 1),
+        ("domains", 2),
+    ],
     ("ddp", 4): [
         ("dora", 3),
         ("dora", 1),
@@ -64,6 +81,8 @@ LAYOUTS = {
         ("uneven", 1),
         ("uneven-two-pass", 2),
         ("uneven-two-pass", 1),
+        ("domains", 1),
+        ("uneven-domains", 1),
     ],
 }
 
@@ -98,7 +117,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, module_mode
     }
     prepare = RowPreparation(RobustDPOConfig(output_dir=str(folder), use_cpu=True, mode="dora"), tokenizer)
     for name, made in rows.items():
-        numbered: Dataset = prepare([{**row, "id": f"group-{index}"} for index, row in enumerate(made)], name)
+        numbered: Dataset = prepare(
+            [{**row, "id": f"group-{index}", "source": SOURCES[index % 4]} for index, row in enumerate(made)], name
+        )
         numbered.save_to_disk(str(folder / name))
     return folder
 
@@ -189,6 +210,9 @@ def test_ranks_train_the_same_weights(
     for ours, theirs in zip(mine[0]["log"], told["log"], strict=True):
         for metric in ("loss", "grad_norm", "robust/ess", "robust/max_weight", "rewards/margins", "logps/chosen"):
             assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-5), metric
+        weights = {metric for metric in theirs if metric.startswith("robust/domain_weight/")}
+        assert len(weights) == (3 if "domains" in name else 0)
+        assert all(ours[metric] == pytest.approx(theirs[metric], rel=1e-5) for metric in weights)
     for step, whole in enumerate(told["steps"]):
         together = sorted(pair for each in mine for pair in each["steps"][step])
         assert [key for key, _ in together] == sorted(key for key, _ in whole), "every group counts once"
