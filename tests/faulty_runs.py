@@ -96,6 +96,7 @@ class Run:
             "model": trainer.model.state_dict(),
             "optimizer": trainer.optimizer.state_dict()["state"],
             "scheduler": trainer.lr_scheduler.state_dict(),
+            "parts": {name: part.state_dict() for name, part in trainer.stateful_parts().items()},
             "log": [
                 {name: log[name] for name in ("step", "loss", "grad_norm") if name in log} for log in _steps(trainer)
             ],
@@ -217,6 +218,7 @@ def _rows() -> list[dict[str, Any]]:
             "prompt_ids": text(),
             "response_ids": [text() for _ in range(2)],
             "calibration": rng.random(),
+            "domain": ("law", "tax", "law", "art")[index % 4],
         }
         for index in range(15)
     ]

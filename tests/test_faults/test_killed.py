@@ -16,6 +16,7 @@ SETUPS = {
     "dropout": ("dropout", {}),
     "lora": ("lora", {}),
     "precomputed": ("dropout", {"precompute_ref_log_probs": True}),
+    "domains": ("dropout", {"robust": "group_dro", "robust_options": {"step_size": 1.0}}),
     "one-checkpoint": ("dropout", {"save_total_limit": 1, "save_steps": 3}),
     "best": ("dropout", {"load_best_model_at_end": True, "save_steps": 3, "save_total_limit": 1}),
 }

@@ -89,6 +89,21 @@ def test_state_of_the_objective_is_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(resumed.model.get_parameter(name), value), name
 
 
+def test_weights_of_domains_go_on_and_are_those_of_the_same_domains(
+    stopped: Callable[..., Run], whole_run: Callable[..., Run]
+) -> None:
+    options: dict[str, Any] = {"robust": "group_dro", "robust_options": {"step_size": 1.0}}
+    run = stopped(**options)
+    state = torch.load(run.folder / "checkpoint-4" / "robust_dpo_state.pt", weights_only=True)["objective"]
+    assert state["domains"] == ["art", "law", "tax"] and len(set(state["log_weights"].tolist())) == 3
+    names = ["art", "law", "prose", "tax"]
+    other = Run(run.folder, options={**options, "robust_options": {"domains": names}})
+    with pytest.raises(ValueError, match=r"state: expected that of the domains \['art', 'law', 'prose', 'tax'\], got"):
+        other.train(resume=True)
+    run.train(resume=True)
+    assert_same_end(run, whole_run(**options))
+
+
 def test_count_of_skipped_steps_goes_on(stopped: Callable[..., Run]) -> None:
     """One step before the checkpoint is skipped, as its loss is not finite, and none after it."""
     run = Run(stopped().folder, options={"on_nonfinite": "skip", "logging_steps": 1})
