@@ -78,13 +78,13 @@ def test_state_of_the_objective_is_saved_and_loaded(tmp_path: Path) -> None:
 
     def train(folder: Path, *callbacks: TrainerCallback, resume: bool = False) -> Any:
         trainer = Run(folder, options=options).trainer(*callbacks)
-        trainer.objective = _Drifting()
+        trainer.objective = replace(trainer.objective, robust=_Drifting())
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
     whole, _ = train(tmp_path / "whole"), train(tmp_path / "run", _Stop(5))
     resumed = train(tmp_path / "run", resume=True)
-    assert torch.equal(resumed.objective.drift, whole.objective.drift)
+    assert torch.equal(resumed.objective.robust.drift, whole.objective.robust.drift)
     for name, value in whole.model.named_parameters():
         assert torch.equal(resumed.model.get_parameter(name), value), name
 
