@@ -214,6 +214,30 @@ def test_train_keeps_what_the_next_run_can_use(tmp_path: Path, world_file: Path,
         before = files
 
 
+def test_train_weighs_domains(tmp_path: Path, world_file: Path, start_model: Path) -> None:
+    """By a column of the data, or by the `domain` that an earlier command has made of it."""
+    rows = [json.loads(line) for line in world_file.read_text().splitlines()]
+    (tmp_path / "topics.jsonl").write_text(
+        "".join(json.dumps({**row, "topic": "ab"[index % 2]}) + "\n" for index, row in enumerate(rows))
+    )
+    calibrated = tmp_path / "calibrated.jsonl"
+    done = run("calibrate", "--data", tmp_path / "topics.jsonl", "--domain-column", "topic", "--out", calibrated)
+    assert done.exit_code == ExitCode.OK, done.output
+    common = ["train", "--model", start_model, "--mode", "erm", "--robust", "group_dro", "--max-steps", 2]
+    common += ["--logging-steps", 1, "--save-steps", 0, "--max-length", 160, "--eval-steps", 2]
+    for data, options in (
+        (tmp_path / "topics.jsonl", ["--domain-column", "topic"]),
+        (calibrated, ["--trainer-arg", "robust_options={step_size: 0.5}"]),
+    ):
+        out = tmp_path / data.stem
+        trained = run(*common, "--data", data, "--eval-data", data, *options, "--out", out)
+        assert trained.exit_code == ExitCode.OK, trained.output
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        weights = [[record[f"robust/domain_weight/{name}"] for name in "ab"] for record in records if "loss" in record]
+        assert len(weights) == 2 and all(sum(step) == pytest.approx(1) for step in weights)
+        assert any("eval_loss" in record for record in records)
+
+
 def test_resume_ends_with_the_same_weights(tmp_path: Path, world_file: Path, start_model: Path) -> None:
     common = ["--model", start_model, "--data", world_file, "--mode", "dro", "--batch-size", 8, "--learning-rate", 1e-3]
     common += ["--logging-steps", 1, "--save-steps", 2, "--trainer-arg", "save_total_limit=9"]
@@ -328,6 +352,24 @@ BAD_CALLS = [
         ExitCode.DATA,
         "--eval-data: expected probs in all rows or in none, got them in 1 of 2",
         id="eval-data-with-probs-in-some-rows",
+    ),
+    pytest.param(
+        ["train", "--model", "{model}", "--data", "{data}", "--robust", "group_dro", "--out", "{tmp}/r"],
+        ExitCode.DATA,
+        "missing field: 'domain', which is to name the row's domain; domain_column (--domain-column) is one of",
+        id="domains-of-no-column",
+    ),
+    pytest.param(
+        ["train", "--model", "{model}", "--data", "{data}", "--trainer-arg", "domain_column=x", "--out", "{tmp}/r"],
+        ExitCode.USAGE,
+        "the command loads the models itself, and the data; give the column to --domain-column",
+        id="domain-column-of-the-trainer",
+    ),
+    pytest.param(
+        ["train", "--model", "{model}", "--data", "{data}", "--robust", "groupdro", "--out", "{tmp}/r"],
+        ExitCode.USAGE,
+        "robust: expected one of chi2, chi2_radius, cvar, dr_dpo, group_dro, kl",
+        id="unknown-aggregation",
     ),
     pytest.param(
         ["train", "--model", "{model}", "--data", "{data}", "--mode", "erm", "--resume", "--out", "{tmp}/r"],
