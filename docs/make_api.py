@@ -22,6 +22,7 @@ SECTIONS = {
             "KLRobust",
             "DrDPO",
             "Mean",
+            "GroupDRO",
             "RobustObjective",
             "ExponentialTilt",
             "Solution",
