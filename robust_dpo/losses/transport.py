@@ -46,7 +46,7 @@ def aot_unpaired(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0)
 def _of_equal_rank(values: Tensor, others: Tensor, counts: Tensor) -> Tensor:
     """[G, P] for each of `others` the one of `values` that has its rank, among those that count.
 
-    A pair with a number that is not finite is left out and keeps its own, so that it is its own group's loss that shows.
+    A pair with a number that is not finite is left out and keeps its own: no other group's loss is to show it.
     """
     left_out = ~(counts & values.isfinite() & others.isfinite())
 
