@@ -27,9 +27,9 @@ class BoundLoss:
         needs_reference: the loss reads log-ratios. False for a user's function that does not say
             so in an attribute `needs_reference`; one that reads them all the same fails when it does.
         needs_scores: the loss reads the values of the scores, not only their order.
+        built_in: `function` comes from the registry.
         couples_groups: the loss of a group depends on other groups of the batch: it is computed over the whole batch
             at once. False for a user's function that does not say so in an attribute `couples_groups`.
-        built_in: `function` comes from the registry.
     """
 
     name: str
@@ -37,8 +37,8 @@ class BoundLoss:
     arguments: tuple[tuple[str, Any], ...]
     needs_reference: bool
     needs_scores: bool
-    couples_groups: bool
     built_in: bool
+    couples_groups: bool = False
 
     @property
     def key(self) -> str:
@@ -201,8 +201,8 @@ def _resolve_name(name: str, beta: float | None, options: dict[str, Any]) -> Bou
         tuple(arguments),
         entry.needs_reference,
         entry.needs_scores,
-        entry.couples_groups,
         built_in=True,
+        couples_groups=entry.couples_groups,
     )
 
 
@@ -225,8 +225,8 @@ def _resolve_function(function: LossFunction, beta: float | None, options: dict[
         tuple(sorted(arguments.items())),
         bool(getattr(function, "needs_reference", False)),
         bool(getattr(function, "needs_scores", False)),
-        bool(getattr(function, "couples_groups", False)),
         built_in=False,
+        couples_groups=bool(getattr(function, "couples_groups", False)),
     )
 
 
