@@ -57,9 +57,11 @@ def implementation(backend: str) -> Implementation:
 
 
 def built_in_losses() -> list[str]:
-    """Names of the losses that come with the package; tests register others."""
-    names = losses.available_losses()
-    return [name for name in names if losses.resolve(name).function.__module__.startswith("robust_dpo.")]
+    """Names of the losses of one group that come with the package, which kernels have; tests register others."""
+    bound = [losses.resolve(name) for name in losses.available_losses()]
+    return [
+        loss.name for loss in bound if loss.function.__module__.startswith("robust_dpo.") and not loss.couples_groups
+    ]
 
 
 def poison(count: int, device: torch.device) -> Tensor:

@@ -180,6 +180,13 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (vectors, {"backend": "torch"}, TypeError, r"got backend \(preference_loss has no such argument either\)$"),
     (head, {"loss": "cdpo", "label_smoothing": 0.6}, ValueError, r"^label_smoothing: expected a number in .*got 0.6"),
     (head, {"loss": "ipo", "length_normalize": 1}, TypeError, r"^length_normalize: expected True or False, got int"),
+    (
+        head,
+        {"loss": "aot", "label_smoothing": 0.6},
+        ValueError,
+        r"^label_smoothing: expected a number in \[0, 0.5\], got",
+    ),
+    (vectors, {"loss": "aot", "ref_logps": None}, ValueError, r"^ref_logps: expected a reference, .*'aot' needs"),
     (head, {"beta": 0.0}, ValueError, r"^beta: expected a number in \(0, inf\), got 0.0"),
     (head, {"beta": NAN}, ValueError, r"^beta: expected a number in \(0, inf\), got nan"),
     (head, {"beta": "0.1"}, TypeError, r"^beta: expected a number in \(0, inf\), got str"),
@@ -205,6 +212,13 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"^log_normalizer: expected None: KLRobust\(.*couples the groups by more than one",
     ),
+    (
+        head,
+        {"log_normalizer": torch.tensor(0.0), "loss": "aot"},
+        ValueError,
+        r"^log_normalizer: .*'aot' couples the gr",
+    ),
+    (vectors, {"log_normalizer": torch.tensor(0.0), "loss": "aot_unpaired"}, ValueError, r"^log_norm.*'aot_unpaired'"),
     # the head
     (head, {"softcap": 0.0}, ValueError, r"^softcap: expected a number in \(0, inf\), got 0.0"),
     (head, {"softcap": "30"}, TypeError, r"^softcap: expected a number in \(0, inf\), got str"),

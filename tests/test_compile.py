@@ -18,7 +18,7 @@ from robust_dpo import (
     sequence_logps,
     sequence_logps_from_logits,
 )
-from robust_dpo.ops.objective import name_objective
+from robust_dpo.ops.objective import name_objective, named
 from robust_dpo.robust import Mean, RobustObjective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,15 +51,19 @@ def head_arguments(problem: Problem, objective: str, **changes: Any) -> tuple[An
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("robust", [Mean(), KLRobust(radius=0.1)], ids=["one_pass", "two_passes"])
+@pytest.mark.parametrize(
+    ("loss", "robust"),
+    [("sigmoid", Mean()), ("sigmoid", KLRobust(radius=0.1)), ("aot_unpaired", KLRobust())],
+    ids=["one_pass", "two_passes", "coupled"],
+)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_opcheck_linear_preference_loss(packed: bool, robust: RobustObjective, dtype: torch.dtype) -> None:
-    objective = name_objective("sigmoid", None, {}, robust, linear_preference_loss)
+def test_opcheck_linear_preference_loss(packed: bool, loss: str, robust: RobustObjective, dtype: torch.dtype) -> None:
+    objective = name_objective(loss, None, {}, robust, linear_preference_loss)
     live = make_problem([2, 3, 2], packed=packed, bias=True, calibration=True).to(dtype)
     # A backward pass that frees its graph scales the gradients of the one pass where they lie, and the last check
     # compares the operator's outputs, which nobody but opcheck holds, after it. The compiled tests below stand in.
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if robust.single_pass:
+    if named(objective).tilt is not None:
         checks.pop()
     torch.library.opcheck(OPS.linear_preference_loss, head_arguments(live, objective), test_utils=checks)
     cached = make_problem([2, 2], reference="cached", scores=True).to(dtype)
@@ -155,7 +159,7 @@ def head_loss(problem: Problem, **options: Any) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("loss", ["sigmoid", softplus_loss], ids=["built_in", "users"])
+@pytest.mark.parametrize("loss", ["sigmoid", "aot_unpaired", softplus_loss], ids=["built_in", "coupled", "users"])
 @pytest.mark.parametrize("robust", [KLRobust(lam=0.5), "kl_radius"], ids=["one_pass", "two_passes"])
 def test_linear_preference_loss(robust: Any, loss: Any, packed: bool) -> None:
     problem = make_problem([2, 2, 2], packed=packed, bias=True, calibration=True).to(torch.float32)
@@ -195,8 +199,8 @@ def test_sequence_logps_from_logits() -> None:
 
 @pytest.mark.parametrize(
     ("loss", "robust"),
-    [("sigmoid", "mean"), ("plackett_luce", KLRobust(lam=0.5)), (softplus_loss, "kl")],
-    ids=["built_in-default", "listwise-object", "users-name"],
+    [("sigmoid", "mean"), ("plackett_luce", KLRobust(lam=0.5)), ("aot", "kl"), (softplus_loss, "kl")],
+    ids=["built_in-default", "listwise-object", "coupled-name", "users-name"],
 )
 def test_preference_loss(loss: Any, robust: Any) -> None:
     logps, ref_logps, calibration = torch.randn(6, requires_grad=True), torch.randn(6), torch.rand(3)

@@ -59,10 +59,11 @@ def own_loss(groups: Any) -> Tensor:
         ("ipo", "live"),
         ("plackett_luce", "live"),
         ("rrhf", "none"),
+        ("aot_unpaired", "live"),
         ("lire", "none"),
         (own_loss, "none"),
     ],
-    ids=["sigmoid", "ipo", "plackett_luce", "rrhf", "lire", "own"],
+    ids=["sigmoid", "ipo", "plackett_luce", "rrhf", "aot_unpaired", "lire", "own"],
 )
 def test_packed_rows_of_known_lengths_read_nothing(
     sizes: list[int] | None, robust: RobustObjective, loss: Any, reference: str

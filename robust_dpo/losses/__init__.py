@@ -4,7 +4,7 @@ A new loss is one function, decorated with `register_loss`, in one file of this 
 """
 
 from robust_dpo.checks import Interval
-from robust_dpo.losses import likelihood, listwise, pairwise
+from robust_dpo.losses import likelihood, listwise, pairwise, transport
 from robust_dpo.losses.pairs import Pair, pairwise_loss, ranked_pairs
 from robust_dpo.losses.registry import BoundLoss, UnknownOption, available_losses, register_loss, resolve
 
@@ -21,4 +21,5 @@ __all__ = [
     "ranked_pairs",
     "register_loss",
     "resolve",
+    "transport",
 ]

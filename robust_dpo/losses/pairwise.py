@@ -24,7 +24,11 @@ def sigmoid(pair: Pair, *, beta: float = 0.1) -> Tensor:
 @pairwise_loss
 def cdpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
     """Conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences"): −(1−ε)logσ(u) − ε logσ(−u)."""
-    u = beta * pair.margin
+    return smoothed(beta * pair.margin, label_smoothing)
+
+
+def smoothed(u: Tensor, label_smoothing: float) -> Tensor:
+    """−(1−ε)logσ(u) − ε logσ(−u), the cross-entropy of labels that are wrong with probability ε."""
     return -(1 - label_smoothing) * logsigmoid(u) - label_smoothing * logsigmoid(-u)
 
 

@@ -28,6 +28,8 @@ class BoundLoss:
             so in an attribute `needs_reference`; one that reads them all the same fails when it does.
         needs_scores: the loss reads the values of the scores, not only their order.
         built_in: `function` comes from the registry.
+        couples_groups: the loss of a group depends on other groups of the batch: it is computed over the whole batch
+            at once. False for a user's function that does not say so in an attribute `couples_groups`.
     """
 
     name: str
@@ -36,6 +38,7 @@ class BoundLoss:
     needs_reference: bool
     needs_scores: bool
     built_in: bool
+    couples_groups: bool = False
 
     @property
     def key(self) -> str:
@@ -97,6 +100,7 @@ class _Registered:
     function: LossFunction
     needs_reference: bool
     needs_scores: bool
+    couples_groups: bool
     ranges: Mapping[str, Interval]
 
 
@@ -104,7 +108,12 @@ _LOSSES: dict[str, _Registered] = {}
 
 
 def register_loss(
-    name: str, *, needs_reference: bool = True, needs_scores: bool = False, **ranges: Interval
+    name: str,
+    *,
+    needs_reference: bool = True,
+    needs_scores: bool = False,
+    couples_groups: bool = False,
+    **ranges: Interval,
 ) -> Callable[[LossFunction], LossFunction]:
     """Make `fn(groups, *, beta=…, **options) -> [G]` available under `name`.
 
@@ -115,6 +124,8 @@ def register_loss(
         name: what `loss=` calls it.
         needs_reference: the loss reads log-ratios.
         needs_scores: the loss reads the values of the scores, not only their order.
+        couples_groups: the loss of a group depends on other groups of the batch: it is computed over the whole batch
+            at once.
         **ranges: allowed values by option.
 
     Raises:
@@ -128,7 +139,8 @@ def register_loss(
         bare = [option.name for option in _keywords(function) if option.default is option.empty]
         if bare:
             raise TypeError(f"loss {name!r}: expected a default for every option, got none for {', '.join(bare)}")
-        _LOSSES[name] = _Registered(function, needs_reference, needs_scores, {"beta": POSITIVE, **ranges})
+        limits = {"beta": POSITIVE, **ranges}
+        _LOSSES[name] = _Registered(function, needs_reference, needs_scores, couples_groups, limits)
         return function
 
     return decorate
@@ -183,7 +195,15 @@ def _resolve_name(name: str, beta: float | None, options: dict[str, Any]) -> Bou
             arguments.append((option, check_flag(option, value)))
         else:
             arguments.append((option, check_number(option, value, entry.ranges.get(option, FINITE))))
-    return BoundLoss(name, entry.function, tuple(arguments), entry.needs_reference, entry.needs_scores, True)
+    return BoundLoss(
+        name,
+        entry.function,
+        tuple(arguments),
+        entry.needs_reference,
+        entry.needs_scores,
+        built_in=True,
+        couples_groups=entry.couples_groups,
+    )
 
 
 def _resolve_function(function: LossFunction, beta: float | None, options: dict[str, Any]) -> BoundLoss:
@@ -206,6 +226,7 @@ def _resolve_function(function: LossFunction, beta: float | None, options: dict[
         bool(getattr(function, "needs_reference", False)),
         bool(getattr(function, "needs_scores", False)),
         built_in=False,
+        couples_groups=bool(getattr(function, "couples_groups", False)),
     )
 
 

@@ -105,23 +105,23 @@ class GroupedHead:
     ) -> GroupedResult:
         """Loss and vectors, and the gradients that are wanted."""
         gradients = self._engine.allocate(self._head, self._rows.count, hidden, weight, bias)
-        robust, v = objective.robust, self._vectors
+        tilt, v = objective.tilt, self._vectors
         epilogue = choose_epilogue(
             objective, v, self._rows, self._layout.groups, backend=self._backend, dtype=self._tile_dtype
         )
         factor = v.logps.new_ones(())
-        if gradients.wanted and robust.single_pass and isinstance(robust, ExponentialTilt):
-            shift = self._accumulate(epilogue, robust, gradients)
+        if gradients.wanted and tilt is not None:
+            shift = self._accumulate(epilogue, tilt, gradients)
             solution = objective.solve(v.losses, v.calibration, log_normalizer)
             normalizer = solution.log_partition if log_normalizer is None else log_normalizer
             factor = (shift - normalizer).exp().to(factor.dtype)
         else:
             for chunk in self._chunks:
                 self._log_probs(chunk, keep=False)
-            epilogue(Chunk((0, len(v.losses)), (0, len(v.logps)), ()), None)
+            pull_back = epilogue.whole_batch()
             solution = objective.solve(v.losses, v.calibration, log_normalizer)
             if gradients.wanted:
-                per_response = solution.coefficients[self._layout.groups.group_of] * v.derivative
+                per_response = pull_back(solution.coefficients)
                 coefficients = self._rows.coefficients(per_response, None, v.logps.dtype)
                 for chunk in self._chunks:
                     self._second_look(chunk, coefficients, gradients)
@@ -157,7 +157,7 @@ class GroupedHead:
         shift, _, growth = v.state.unbind()
         for chunk in self._chunks:
             kept = self._log_probs(chunk, keep=len(chunk.pieces) == 1)
-            epilogue(chunk, tilt)
+            epilogue.accumulate(chunk, tilt)
             if chunk.groups[0] > 0 and not math.isinf(tilt.temperature):
                 gradients.rescale(growth, rescale)
             if kept is None:

@@ -56,8 +56,8 @@ def linear_preference_loss(
 
     Rows whose target is −100 (prompt, padding) are dropped before the first matrix product. The rest goes through the
     head in chunks of whole groups; loss and gradients come out of the same pass: 6·N·H·V operations for N response
-    rows, 8 with a live reference. Aggregations that are not exponential tilts (`single_pass` False) take a pass over
-    the log-probs first (+2). logits = softcap·tanh(logit_scale·(x Wᵀ + bias)/softcap).
+    rows, 8 with a live reference. Aggregations that are not exponential tilts (`single_pass` False) and losses that
+    couple groups take a pass over the log-probs first (+2). logits = softcap·tanh(logit_scale·(x Wᵀ + bias)/softcap).
 
     On a GPU the lengths of the responses are read once, before the first product, and contents are checked with them.
     Packed rows with `seq_lens` on the CPU (`group_sizes`, where given, there too) need no read: the host never waits,
@@ -85,7 +85,8 @@ def linear_preference_loss(
         calibration: h ≥ 0, [G], or [S] to be averaged over each group.
         scores: [S] quality of the responses, higher is better; without, responses are taken best first.
         log_normalizer: [] log Σ e^s over a larger batch that this call is a part of; then the gradients of the parts
-            add up to the gradient of the whole batch. See `PreferenceOutput.log_partition`.
+            add up to the gradient of the whole batch. See `PreferenceOutput.log_partition`. Only for exponential tilts
+            of losses that do not couple groups.
         softcap: final logit softcap > 0.
         logit_scale: factor of the logits.
         backend: "auto", or one that must be used: "torch", "cpu", "triton" (no float64), or a registered one.

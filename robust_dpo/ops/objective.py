@@ -17,7 +17,7 @@ from robust_dpo import losses
 from robust_dpo.errors import argument_error
 from robust_dpo.groups import GroupLayout, Groups
 from robust_dpo.ops.precision import exact_dtype
-from robust_dpo.robust import RobustObjective, Solution
+from robust_dpo.robust import ExponentialTilt, RobustObjective, Solution
 from robust_dpo.robust import resolve as resolve_robust
 
 Loss = str | Callable[..., Tensor] | losses.BoundLoss
@@ -40,8 +40,23 @@ class Objective:
     def key(self) -> str:
         return f"{self.loss.key}|{self.robust.key}"
 
+    @property
+    def tilt(self) -> ExponentialTilt | None:
+        """The aggregation, where gradients of some groups can be accumulated before the others are known."""
+        robust = self.robust
+        if isinstance(robust, ExponentialTilt) and robust.single_pass and not self.loss.couples_groups:
+            return robust
+        return None
+
     def solve(self, group_losses: Tensor, calibration: Tensor | None, log_normalizer: Tensor | None) -> Solution:
-        """The aggregation of group losses [G] in float64, given in their dtype but for `log_partition`."""
+        """The aggregation of group losses [G] in float64, given in their dtype but for `log_partition`.
+
+        Raises:
+            ValueError: there is a `log_normalizer`, and the losses of a part of a batch are not those of the batch.
+        """
+        if log_normalizer is not None and self.loss.couples_groups:
+            expected = f"None: the loss {self.loss.name!r} couples the groups of a batch, give the whole batch"
+            raise argument_error("log_normalizer", expected, log_normalizer)
         exact, dtype = exact_dtype(group_losses.device), group_losses.dtype
         wide = None if calibration is None else calibration.to(exact)
         solution = self.robust.solve(group_losses.detach().to(exact), wide, log_normalizer)
@@ -85,8 +100,12 @@ def group_responses(responses: Responses, layout: GroupLayout) -> Groups:
     )
 
 
-def group_epilogue(objective: Objective, responses: Responses, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Group losses ℓ [G] and ∂ℓ_g/∂logp of every response [S], both detached.
+# From coefficients c [G] of the group losses to ∂(Σ c·ℓ)/∂logp of every response [S].
+PullBack = Callable[[Tensor], Tensor]
+
+
+def group_epilogue(objective: Objective, responses: Responses, layout: GroupLayout) -> tuple[Tensor, PullBack]:
+    """Group losses ℓ [G], detached, and what takes their coefficients back to the responses, once.
 
     The derivative is autograd's on these few numbers, so every differentiable function of `Groups` will do.
     """
@@ -94,12 +113,17 @@ def group_epilogue(objective: Objective, responses: Responses, layout: GroupLayo
         logps = responses.logps.detach().requires_grad_()
         live = Responses(logps, responses.lengths, responses.ref_logps, responses.scores)
         group_losses = objective.loss(group_responses(live, layout))
+
+    def pull_back(coefficients: Tensor) -> Tensor:
         if not group_losses.requires_grad:
-            derivative = torch.zeros_like(logps)
-        else:
+            return torch.zeros_like(logps)
+        with _autograd_inside_operator():
+            given = coefficients.to(group_losses.dtype)
             # A loss may ignore the log-probs and still have a graph, of a parameter of its own.
-            (derivative,) = torch.autograd.grad(group_losses.sum(), logps, allow_unused=True, materialize_grads=True)
-    return group_losses.detach().to(logps.dtype, copy=True), derivative.detach()
+            (derivative,) = torch.autograd.grad(group_losses, logps, given, allow_unused=True, materialize_grads=True)
+        return derivative
+
+    return group_losses.detach().to(logps.dtype, copy=True), pull_back
 
 
 @contextmanager

@@ -63,6 +63,8 @@ def _why_no_tilt(objective: BatchObjective) -> str:
     """Why gradients of an objective cannot be accumulated before its weights are known; empty where they can."""
     if objective.adds_terms:
         return "what is added to the aggregation over groups has a scale of its own"
+    if objective.loss.couples_groups:
+        return f"the loss {objective.loss.name!r} couples the groups of a step"
     robust = objective.robust
     if robust.single_pass and isinstance(robust, ExponentialTilt):
         return ""

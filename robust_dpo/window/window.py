@@ -33,10 +33,10 @@ def make_weighting(
         return OnePass(objective.robust, forward, accelerator)
     if plan.kind == "two_pass":
         return TwoPass(objective, forward, look, accelerator)
+    in_one = InOne(forward, calibrated=objective.calibrated)
     if plan.kind == "in_one":
-        return InOne(forward, calibrated=objective.calibrated)
-    by_itself = InOne(forward, calibrated=objective.calibrated)
-    return Alone(TwoPass(objective, forward, look, OneRank()) if objective.adds_terms else by_itself)
+        return in_one
+    return Alone(TwoPass(objective, forward, look, OneRank()) if objective.adds_terms else in_one)
 
 
 class AccumulationWindow:
