@@ -14,7 +14,6 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -42,7 +41,7 @@ from robust_dpo.trainer.metrics import (
     seen_groups,
     widest_float,
 )
-from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer
+from robust_dpo.trainer.models import add_adapter, has_sharded_parameters, layer_parameters, load_model, load_tokenizer
 from robust_dpo.trainer.nonfinite import NonFiniteGuard
 from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
@@ -166,12 +165,18 @@ class RobustDPOTrainer(CheckpointedTrainer):
     def _make_scorer(self, model: nn.Module, name: str) -> SequenceScorer:
         return SequenceScorer(self._check_head(model, name), self.args.backend, self._plan_layout(model, name))
 
+    def _is_sharded(self, model: nn.Module) -> bool:
+        """Whether ranks hold parts of the parameters of `model`: from when it was loaded, or soon, by an engine."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or has_sharded_parameters(model)
+
     def _plan_layout(self, model: nn.Module, name: str) -> LayoutPlan:
         """How batches are laid out for `model`."""
         if self.args.torch_compile:
             plan = LayoutPlan("padded", reason="torch_compile compiles the model's own attention")
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            plan = LayoutPlan("padded", reason="FSDP and DeepSpeed shard the model, which is then not tried beforehand")
+        elif self._is_sharded(model):
+            plan = LayoutPlan(
+                "padded", reason="ranks hold parts of it (FSDP, DeepSpeed), so it is not tried beforehand"
+            )
         elif self.args.n_gpu > 1:
             plan = LayoutPlan("padded", reason="DataParallel cuts batches by rows; start with torchrun to pack them")
         else:
@@ -196,8 +201,8 @@ class RobustDPOTrainer(CheckpointedTrainer):
             return HeadCheck(None, LogitTransform(), "head_route='logits'")
         if self.args.torch_compile:
             check = HeadCheck(None, LogitTransform(), "torch_compile compiles the model's own head")
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            check = HeadCheck(None, LogitTransform(), "FSDP and DeepSpeed shard its weight")
+        elif self._is_sharded(model):
+            check = HeadCheck(None, LogitTransform(), "ranks hold parts of its weight (FSDP, DeepSpeed)")
         elif self.args.n_gpu > 1:
             check = HeadCheck(None, LogitTransform(), "DataParallel runs copies of it; start with torchrun to fuse it")
         else:
@@ -217,7 +222,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
             self.args.robust_route,
             accelerator=self.accelerator,
             micro_batches=self.args.gradient_accumulation_steps,
-            sharded=any(isinstance(parameter, DTensor) for parameter in self.model.parameters()),
+            sharded=self._is_sharded(self.model),
         )
         if plan.reason:
             logger.warning("robust weights take a second forward pass: %s", plan.reason)

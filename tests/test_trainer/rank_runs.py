@@ -1,6 +1,6 @@
 """Runs training cases on every rank and writes down how they ended; test_ranks.py launches it.
 
-Usage: torchrun rank_runs.py FOLDER ddp|fsdp, where FOLDER holds cases.json, data sets and models.
+Usage: torchrun rank_runs.py FOLDER ddp|fsdp|fsdp-at-load, where FOLDER holds cases.json, data sets and models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers.distributed import DistributedConfig
 
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
 
@@ -50,8 +51,12 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
     """Train as `case` says; weights that were trained, the log and the steps, and the trainer."""
     set_seed(0)  # of the adapter
     steps = Steps()
+    model: Any = str(folder / case.get("model", "model"))
+    if case.get("sharded_at_load"):
+        sharding = DistributedConfig(fsdp_size=torch.distributed.get_world_size())
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="float32", distributed_config=sharding)
     trainer = RobustDPOTrainer(
-        str(folder / case.get("model", "model")),
+        model,
         None if case.get("lora") else str(folder / "reference"),
         RobustDPOConfig(
             output_dir=str(folder / f"run-{name}"),
@@ -73,7 +78,14 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     model = trainer.accelerator.unwrap_model(trainer.model)
     ends = {key: _whole(value.detach()) for key, value in model.named_parameters() if value.requires_grad}
-    return ends, {"log": log, "steps": steps.found, "ranks": trainer.args.world_size}, trainer
+    told = {"log": log, "steps": steps.found, "ranks": trainer.args.world_size, "plan": _plan(trainer)}
+    return ends, told, trainer
+
+
+def _plan(trainer: RobustDPOTrainer) -> dict[str, Any]:
+    """How the run was planned: layout, head, route."""
+    facts = trainer.run_record().facts
+    return {"layout": facts["layout"], "head": facts["head"], "route": type(trainer._window._weighting).__name__}
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor:
@@ -95,6 +107,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[2] == "fsdp":
         _shard_on_cpu()
+    if sys.argv[2] == "fsdp-at-load":
+        torch.distributed.init_process_group("gloo")
     folder = Path(sys.argv[1])
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         ends, told, trainer = run_case(folder, name, case)

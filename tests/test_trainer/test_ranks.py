@@ -57,6 +57,7 @@ LAYOUTS = {
         ("uneven-two-pass", 4),
     ],
     ("fsdp", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("dora-lora", 6), ("radius", 3), ("uneven", 1)],
+    ("fsdp-at-load", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("uneven", 1)],
     ("ddp", 4): [
         ("dora", 3),
         ("dora", 1),
@@ -72,7 +73,8 @@ def with_layout(name: str, ranks: int, size: int, engine: str = "ddp") -> dict[s
     """The case with micro-batches of `size` groups on each of `ranks`."""
     total, case = CASES[name]
     layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": total // (size * ranks)}
-    return {**case, "options": {**case["options"], **layout, **(SHARDED if engine == "fsdp" else {})}}
+    options = {**case["options"], **layout, **(SHARDED if engine == "fsdp" else {})}
+    return {**case, "options": options, "sharded_at_load": engine == "fsdp-at-load"}
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,10 @@ def test_ranks_train_the_same_weights(
     ends = load_file(folder / f"{run}.safetensors")
     mine = [json.loads((folder / f"{run}-{rank}.json").read_text()) for rank in range(ranks)]
     assert {each["ranks"] for each in mine} == {ranks}
+    if engine != "ddp":
+        one_micro_batch = CASES[name][0] == size * ranks and name != "radius"
+        route = "OnePass" if one_micro_batch else "TwoPass"
+        assert mine[0]["plan"] == {"layout": "padded", "head": "logits", "route": route}
     assert ends.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(ends[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
