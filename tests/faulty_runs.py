@@ -124,6 +124,15 @@ def finish(run: Run, resume: bool | str = False, *, kill_at: int | None = None) 
     return int(process.exitcode)
 
 
+def environments() -> list[dict[str, object]]:
+    """What torchrun would tell two ranks."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{"RANK": rank, "LOCAL_RANK": rank, **common} for rank in range(2)]
+
+
 def finish_ranks(run: Run, resume: bool | str = False, *, kill_at: tuple[int, int] | None = None) -> list[int]:
     """Run two ranks to their end, or until one ends badly, which ends the other; their exit codes.
 
@@ -132,18 +141,8 @@ def finish_ranks(run: Run, resume: bool | str = False, *, kill_at: tuple[int, in
         resume: from a checkpoint.
         kill_at: rank, and which change of a file it does not live to make.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     processes = []
-    for rank in range(2):
-        environment = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
+    for rank, environment in enumerate(environments()):
         place = kill_at[1] if kill_at is not None and kill_at[0] == rank else None
         processes.append(start(run, resume, kill_at=place, environment=environment))
     while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
