@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import sort_checkpoints
 
-from robust_dpo.checkpoints.draft import STAGING, adopt
+from robust_dpo.checkpoints.draft import STAGING, adopt, listed_drafts
 from robust_dpo.checkpoints.manifest import BrokenCheckpoint, check
 from robust_dpo.errors import argument_error, type_error
 
@@ -41,6 +41,11 @@ def checkpoint_to_resume(asked: object, directory: Path) -> str | None:
         expected = "a whole checkpoint; True takes the last one that is"
         raise argument_error("resume_from_checkpoint", expected, f"{folder}: {broken}") from broken
     return str(folder)
+
+
+def anything_to_resume(directory: Path) -> bool:
+    """Whether a directory has checkpoints, or one that lacks but its rename. If one is whole is not looked at."""
+    return bool(sort_checkpoints(str(directory))) or any(listed_drafts(directory))
 
 
 def last_whole_checkpoint(directory: Path) -> Path:
