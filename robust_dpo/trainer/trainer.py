@@ -53,6 +53,7 @@ from robust_dpo.window import (
     make_weighting,
     plan_route,
     refuse_split_model,
+    refuse_steps_in_backward,
     refuse_unknown_groups,
 )
 
@@ -216,6 +217,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
     def _make_window(self) -> AccumulationWindow:
         """What makes the weights of a step those of its global batch."""
         refuse_unknown_groups(self.args, self.accelerator)
+        refuse_steps_in_backward(self.args, self.accelerator)
         plan = plan_route(
             self.objective,
             self.args.robust_scope,
