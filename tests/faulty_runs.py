@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_shards import shard_on_cpu, whole
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -57,6 +58,8 @@ class Run:
         return self.folder.with_suffix(".log").read_text()[-3000:]
 
     def trainer(self, *callbacks: TrainerCallback) -> RobustDPOTrainer:
+        if self.options.get("fsdp"):
+            shard_on_cpu()
         rows = _rows()
         fields: dict[str, Any] = {
             "output_dir": str(self.folder),
@@ -92,9 +95,12 @@ class Run:
         torch.set_num_threads(1)
         trainer = self.trainer()
         trainer.train(resume_from_checkpoint=resume)
+        optimizer = trainer.optimizer.state_dict()["state"]
         state = {
-            "model": trainer.model.state_dict(),
-            "optimizer": trainer.optimizer.state_dict()["state"],
+            "model": {name: whole(value) for name, value in trainer.model.state_dict().items()},
+            "optimizer": {
+                name: {key: whole(value) for key, value in of_one.items()} for name, of_one in optimizer.items()
+            },
             "scheduler": trainer.lr_scheduler.state_dict(),
             "log": [
                 {name: log[name] for name in ("step", "loss", "grad_norm") if name in log} for log in _steps(trainer)
@@ -122,6 +128,12 @@ def finish(run: Run, resume: bool | str = False, *, kill_at: int | None = None) 
     process.join(120)
     assert process.exitcode is not None, "a run of seconds has not ended"
     return int(process.exitcode)
+
+
+def sharded(kind: str) -> dict[str, Any]:
+    """Options for FSDP2 with checkpoints of a kind."""
+    wrapped = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind, **wrapped}}
 
 
 def environments() -> list[dict[str, object]]:

@@ -116,14 +116,14 @@ class CheckpointedTrainer(Trainer):
             super().save_model(*args, **kwargs)
 
     def _written(self, draft: Draft, *, waits: bool = False) -> AbstractContextManager[None]:
-        return raised_together(self.accelerator, lambda error: _why_not_written(draft, error), waits=waits)
+        return raised_together(self.accelerator, lambda reason: _why_not_written(draft, reason), waits=waits)
 
     def _loaded(self, checkpoint: str, *, waits: bool = False) -> AbstractContextManager[None]:
         rank = self.args.process_index
 
-        def describe(error: Exception) -> str:
+        def describe(reason: str) -> str:
             on_rank = f" on rank {rank}" if self.args.world_size > 1 else ""
-            return f"{checkpoint} cannot be loaded{on_rank}: {error}; resume from one before it, by its path"
+            return f"{checkpoint} cannot be loaded{on_rank}: {reason}; resume from one before it, by its path"
 
         return raised_together(self.accelerator, describe, waits=waits)
 
@@ -169,18 +169,18 @@ class CheckpointedTrainer(Trainer):
     def _refuse_unwritable(self, directory: Path) -> None:
         """Find out before the training what would end it at its first checkpoint."""
         expected = f"output_dir: expected a directory for checkpoints, got {directory}"
-        with raised_together(self.accelerator, lambda error: f"{expected}: {error}"):
+        with raised_together(self.accelerator, lambda reason: f"{expected}: {reason}"):
             if self.args.should_save:
                 draft = Draft(directory, "probe")
                 draft.begin()
                 draft.staging.rmdir()
 
 
-def _why_not_written(draft: Draft, error: BaseException) -> str:
+def _why_not_written(draft: Draft, reason: str) -> str:
     others = sort_checkpoints(str(draft.directory))
     last = f"the last one is {others[-1]}, to resume from" if others else "there is none before it"
     try:
         free = f"{shutil.disk_usage(draft.directory).free / 1e6:,.1f} MB are free there"
     except OSError as gone:
         free = f"the directory cannot be read: {gone}"
-    return f"{draft.final}: the checkpoint cannot be written ({error}); {free}; {last}"
+    return f"{draft.final}: the checkpoint cannot be written ({reason}); {free}; {last}"

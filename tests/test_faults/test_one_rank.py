@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_runs import Run, environments, finish_ranks
+from faulty_runs import Run, environments, finish_ranks, sharded
 
 from robust_dpo.checkpoints import CheckpointError, write_manifest
 
@@ -74,8 +74,10 @@ def _outcome(run: Run, resume: str, environment: dict[str, object], limit: int |
         (0, 4_000, {"load_best_model_at_end": True, "eval_steps": 2}),
         # The state of its random numbers, which is all that it writes.
         (1, 4_000, {}),
+        (0, 4_000, sharded("SHARDED_STATE_DICT")),
+        (1, 4_000, sharded("SHARDED_STATE_DICT")),
     ],
-    ids=["weights", "optimizer", "weights-best", "random-state-of-rank-1"],
+    ids=["weights", "optimizer", "weights-best", "random-state-of-rank-1", "shards-of-rank-0", "shards-of-rank-1"],
 )
 def test_rank_that_cannot_write(
     rank: int, limit: int, options: dict[str, object], messages: Callable[..., list[str]], tmp_path: Path

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from cpu_shards import shard_on_cpu, whole
 from datasets import load_from_disk
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.distributed import DistributedConfig
 
@@ -77,7 +75,7 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     model = trainer.accelerator.unwrap_model(trainer.model)
-    ends = {key: _whole(value.detach()) for key, value in model.named_parameters() if value.requires_grad}
+    ends = {key: whole(value.detach()) for key, value in model.named_parameters() if value.requires_grad}
     told = {"log": log, "steps": steps.found, "ranks": trainer.args.world_size, "plan": _plan(trainer)}
     return ends, told, trainer
 
@@ -88,25 +86,10 @@ def _plan(trainer: RobustDPOTrainer) -> dict[str, Any]:
     return {"layout": facts["layout"], "head": facts["head"], "route": type(trainer._window._weighting).__name__}
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
-
-
-def _shard_on_cpu() -> None:
-    """Let accelerate shard models on CPUs: torch can, but accelerate asks for one of the kinds that have GPUs."""
-    begin = PartialState.__init__
-
-    def begin_as_gpus(self: PartialState, *args: Any, **kwargs: Any) -> None:
-        begin(self, *args, **kwargs)
-        self.distributed_type = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = begin_as_gpus
-
-
 def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[2] == "fsdp":
-        _shard_on_cpu()
+        shard_on_cpu()
     if sys.argv[2] == "fsdp-at-load":
         torch.distributed.init_process_group("gloo")
     folder = Path(sys.argv[1])

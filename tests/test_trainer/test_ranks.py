@@ -125,7 +125,11 @@ def launched(folder: Path) -> Callable[[str, int], None]:
             (folder / "cases.json").write_text(json.dumps(cases))
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
             command += [f"--master-port={_free_port()}", str(Path(__file__).with_name("rank_runs.py"))]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
+            }
             runs[engine, ranks] = subprocess.run(
                 [*command, str(folder), engine],
                 capture_output=True,
