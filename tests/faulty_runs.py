@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_shards import shard_on_cpu, whole
+from cpu_engines import shard_on_cpu, whole
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import (

@@ -1,6 +1,6 @@
 """Runs training cases on every rank and writes down how they ended; test_ranks.py launches it.
 
-Usage: torchrun rank_runs.py FOLDER ddp|fsdp|fsdp-at-load, where FOLDER holds cases.json, data sets and models.
+Usage: torchrun rank_runs.py FOLDER ddp|fsdp|fsdp-at-load|zero-1|zero-2; FOLDER holds cases.json, data sets and models.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_shards import shard_on_cpu, whole
+from cpu_engines import deepspeed_on_cpu, shard_on_cpu, whole
 from datasets import load_from_disk
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -90,6 +90,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[2] == "fsdp":
         shard_on_cpu()
+    if sys.argv[2].startswith("zero"):
+        deepspeed_on_cpu()
     if sys.argv[2] == "fsdp-at-load":
         torch.distributed.init_process_group("gloo")
     folder = Path(sys.argv[1])

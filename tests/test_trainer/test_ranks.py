@@ -40,6 +40,17 @@ SHARDED = {
         "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
     },
 }
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed, which divides what it needs to know among its own options and ours."""
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    return {"deepspeed": {**config, **dict.fromkeys(names, "auto")}, "use_cpu": False, "dataloader_pin_memory": False}
+
+
+# Options of the engines that have some.
+ENGINES = {"fsdp": SHARDED, "zero-1": _zero(1), "zero-2": _zero(2)}
 # engine and ranks: name of a case, and the groups of its micro-batches.
 LAYOUTS = {
     ("ddp", 2): [
@@ -58,6 +69,9 @@ LAYOUTS = {
     ],
     ("fsdp", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("dora-lora", 6), ("radius", 3), ("uneven", 1)],
     ("fsdp-at-load", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("uneven", 1)],
+    ("zero-1", 1): [("dora", 12), ("dora", 3)],
+    ("zero-1", 2): [("dora", 6), ("dora", 3), ("dora-lora", 3), ("dora-tied", 2), ("radius", 3), ("uneven", 1)],
+    ("zero-2", 2): [("dora", 6), ("dora", 3), ("dora-tied", 2), ("radius", 3), ("uneven-two-pass", 2)],
     ("ddp", 4): [
         ("dora", 3),
         ("dora", 1),
@@ -73,7 +87,7 @@ def with_layout(name: str, ranks: int, size: int, engine: str = "ddp") -> dict[s
     """The case with micro-batches of `size` groups on each of `ranks`."""
     total, case = CASES[name]
     layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": total // (size * ranks)}
-    options = {**case["options"], **layout, **(SHARDED if engine == "fsdp" else {})}
+    options = {**case["options"], **layout, **ENGINES.get(engine, {})}
     return {**case, "options": options, "sharded_at_load": engine == "fsdp-at-load"}
 
 
@@ -117,6 +131,8 @@ def launched(folder: Path) -> Callable[[str, int], None]:
     runs: dict[tuple[str, int], subprocess.CompletedProcess[str]] = {}
 
     def launch(engine: str, ranks: int) -> None:
+        if engine.startswith("zero"):
+            pytest.importorskip("deepspeed")
         if (engine, ranks) not in runs:
             layouts = LAYOUTS[engine, ranks]
             cases = {

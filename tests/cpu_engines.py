@@ -1,7 +1,8 @@
-"""FSDP2 on CPUs: torch can, but accelerate shards only on the kinds of machines that have GPUs."""
+"""FSDP2 and DeepSpeed on CPUs: they can, but accelerate uses them only on the kinds of machines that have GPUs."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ def shard_on_cpu() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = begin_as_gpus
+
+
+def deepspeed_on_cpu() -> None:
+    """Let accelerate start DeepSpeed on the CPUs of this process; before anything else of it is used."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
