@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_engines import shard_on_cpu, whole
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -57,6 +58,8 @@ class Run:
         return self.folder.with_suffix(".log").read_text()[-3000:]
 
     def trainer(self, *callbacks: TrainerCallback) -> RobustDPOTrainer:
+        if self.options.get("fsdp"):
+            shard_on_cpu()
         rows = _rows()
         fields: dict[str, Any] = {
             "output_dir": str(self.folder),
@@ -92,9 +95,12 @@ class Run:
         torch.set_num_threads(1)
         trainer = self.trainer()
         trainer.train(resume_from_checkpoint=resume)
+        optimizer = trainer.optimizer.state_dict()["state"]
         state = {
-            "model": trainer.model.state_dict(),
-            "optimizer": trainer.optimizer.state_dict()["state"],
+            "model": {name: whole(value) for name, value in trainer.model.state_dict().items()},
+            "optimizer": {
+                name: {key: whole(value) for key, value in of_one.items()} for name, of_one in optimizer.items()
+            },
             "scheduler": trainer.lr_scheduler.state_dict(),
             "parts": {name: part.state_dict() for name, part in trainer.stateful_parts().items()},
             "log": [
@@ -125,6 +131,21 @@ def finish(run: Run, resume: bool | str = False, *, kill_at: int | None = None) 
     return int(process.exitcode)
 
 
+def sharded(kind: str) -> dict[str, Any]:
+    """Options for FSDP2 with checkpoints of a kind."""
+    wrapped = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind, **wrapped}}
+
+
+def environments() -> list[dict[str, object]]:
+    """What torchrun would tell two ranks."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{"RANK": rank, "LOCAL_RANK": rank, **common} for rank in range(2)]
+
+
 def finish_ranks(run: Run, resume: bool | str = False, *, kill_at: tuple[int, int] | None = None) -> list[int]:
     """Run two ranks to their end, or until one ends badly, which ends the other; their exit codes.
 
@@ -133,18 +154,8 @@ def finish_ranks(run: Run, resume: bool | str = False, *, kill_at: tuple[int, in
         resume: from a checkpoint.
         kill_at: rank, and which change of a file it does not live to make.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     processes = []
-    for rank in range(2):
-        environment = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
+    for rank, environment in enumerate(environments()):
         place = kill_at[1] if kill_at is not None and kill_at[0] == rank else None
         processes.append(start(run, resume, kill_at=place, environment=environment))
     while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):

@@ -238,19 +238,21 @@ def test_train_weighs_domains(tmp_path: Path, world_file: Path, start_model: Pat
         assert any("eval_loss" in record for record in records)
 
 
-def test_resume_ends_with_the_same_weights(tmp_path: Path, world_file: Path, start_model: Path) -> None:
+@pytest.mark.parametrize("place", ["", ".incomplete"], ids=["checkpoint", "lacks-its-rename"])
+def test_resume_ends_with_the_same_weights(place: str, tmp_path: Path, world_file: Path, start_model: Path) -> None:
     common = ["--model", start_model, "--data", world_file, "--mode", "dro", "--batch-size", 8, "--learning-rate", 1e-3]
     common += ["--logging-steps", 1, "--save-steps", 2, "--trainer-arg", "save_total_limit=9"]
     whole = run("train", *common, "--out", tmp_path / "whole")
     assert whole.exit_code == ExitCode.OK, whole.output
     # a run that was killed after its third step: a whole checkpoint, a damaged one, and a log that is ahead
     killed = tmp_path / "killed"
-    (killed / "checkpoints").mkdir(parents=True)
-    (tmp_path / "whole" / "checkpoints" / "checkpoint-2").rename(killed / "checkpoints" / "checkpoint-2")
-    damaged = shutil.copytree(
-        tmp_path / "whole" / "checkpoints" / "checkpoint-4", killed / "checkpoints" / "checkpoint-4"
-    )
-    (damaged / "optimizer.pt").write_bytes(b"")
+    (killed / "checkpoints" / place).mkdir(parents=True)
+    (tmp_path / "whole" / "checkpoints" / "checkpoint-2").rename(killed / "checkpoints" / place / "checkpoint-2")
+    if not place:
+        damaged = shutil.copytree(
+            tmp_path / "whole" / "checkpoints" / "checkpoint-4", killed / "checkpoints" / "checkpoint-4"
+        )
+        (damaged / "optimizer.pt").write_bytes(b"")
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (killed / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
     (killed / "config.yaml").write_bytes((tmp_path / "whole" / "config.yaml").read_bytes())

@@ -3,7 +3,7 @@
 from robust_dpo.checkpoints.draft import CheckpointError
 from robust_dpo.checkpoints.manifest import BrokenCheckpoint, check, write_manifest
 from robust_dpo.checkpoints.record import RunRecord
-from robust_dpo.checkpoints.resume import checkpoint_to_resume, last_whole_checkpoint
+from robust_dpo.checkpoints.resume import anything_to_resume, checkpoint_to_resume, last_whole_checkpoint
 from robust_dpo.checkpoints.trainer import CheckpointedTrainer
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointedTrainer",
     "RunRecord",
+    "anything_to_resume",
     "check",
     "checkpoint_to_resume",
     "last_whole_checkpoint",

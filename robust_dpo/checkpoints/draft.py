@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,10 +74,15 @@ class Draft:
         shutil.rmtree(self.staging, ignore_errors=True)
 
 
+def listed_drafts(directory: Path) -> Iterator[Draft]:
+    """Drafts that have their manifest: all that they lack is their rename, unless they were damaged since."""
+    for manifest in (directory / STAGING).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{FILE_NAME}"):
+        yield Draft(directory, manifest.parent.name)
+
+
 def adopt(directory: Path) -> Path | None:
     """Let a checkpoint appear that is whole but for its rename, as a run was killed just before; its path if so."""
-    for manifest in (directory / STAGING).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{FILE_NAME}"):
-        draft = Draft(directory, manifest.parent.name)
+    for draft in listed_drafts(directory):
         try:
             check(draft.folder)
         except BrokenCheckpoint:

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import sort_checkpoints
 
-from robust_dpo.checkpoints.draft import STAGING, adopt
+from robust_dpo.checkpoints.draft import STAGING, adopt, listed_drafts
 from robust_dpo.checkpoints.manifest import BrokenCheckpoint, check
 from robust_dpo.errors import argument_error, type_error
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def checkpoint_to_resume(asked: object, directory: Path) -> str | None:
@@ -49,6 +43,11 @@ def checkpoint_to_resume(asked: object, directory: Path) -> str | None:
     return str(folder)
 
 
+def anything_to_resume(directory: Path) -> bool:
+    """Whether a directory has checkpoints, or one that lacks but its rename. If one is whole is not looked at."""
+    return bool(sort_checkpoints(str(directory))) or any(listed_drafts(directory))
+
+
 def last_whole_checkpoint(directory: Path) -> Path:
     """The checkpoint of the highest step in a directory that is whole; those that are not are named in the log.
 
@@ -72,21 +71,6 @@ def last_whole_checkpoint(directory: Path) -> Path:
         return folder
     found = f"none that is whole: {', '.join(folder.name for folder in folders)}" if folders else "none"
     raise argument_error("resume_from_checkpoint", f"a checkpoint in {directory}", found)
-
-
-def decided_once(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """What `decide` gives on the main process, on all of them; an error that it raises there, too."""
-    result: T | None = None
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            result = decide()
-        except (ValueError, TypeError, OSError) as raised:
-            error = raised
-    result, error = broadcast_object_list([result, error])
-    if error is not None:
-        raise error
-    return result
 
 
 def _check(folder: Path) -> None:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from robust_dpo.checkpoints.draft import CheckpointError
-
 logger = logging.getLogger(__name__)
 
 _FILE = "robust_dpo_state.pt"
@@ -35,21 +33,20 @@ def load_parts(folder: Path, parts: Mapping[str, Stateful]) -> None:
             logger.warning("%s has no state of %s, which begins anew", folder, name)
 
 
-def refuse_nonfinite(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Look at trained weights and the optimizer's state.
+def refuse_nonfinite(model: nn.Module, optimizer: Any) -> None:
+    """Look at trained weights and the optimizer's state, as far as this rank holds them.
 
     Args:
-        folder: that they were loaded from.
         model: in training.
         optimizer: None where its state lies elsewhere.
 
     Raises:
-        CheckpointError: one of them is not finite.
+        ValueError: one of them is not finite.
     """
     bad = [name for name, tensor in _trained(model, optimizer) if not bool(_local(tensor).isfinite().all())]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise CheckpointError(f"{folder}: {bad[0]}{more} is not finite; resume from a checkpoint before it")
+        raise ValueError(f"{bad[0]}{more} is not finite")
 
 
 def _trained(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from transformers import Trainer
@@ -16,12 +15,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 
 from robust_dpo.checkpoints.draft import CheckpointError, Draft
+from robust_dpo.checkpoints.ranks import decided_once, raised_together
 from robust_dpo.checkpoints.record import RunRecord
-from robust_dpo.checkpoints.resume import checkpoint_to_resume, decided_once
+from robust_dpo.checkpoints.resume import checkpoint_to_resume
 from robust_dpo.checkpoints.state import load_parts, refuse_nonfinite, save_parts
-
-# What the libraries that write checkpoints make of a full disk: torch's writer names neither cause nor path.
-_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 class CheckpointedTrainer(Trainer):
@@ -61,8 +58,8 @@ class CheckpointedTrainer(Trainer):
             return folder
 
         folder = decided_once(self.accelerator, checked)
-        if self.args.should_save and self.args.save_strategy != "no":
-            _refuse_unwritable(directory)
+        if self.args.save_strategy != "no":
+            self._refuse_unwritable(directory)
         return super().train(folder, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -94,20 +91,46 @@ class CheckpointedTrainer(Trainer):
         """Collect the files of all ranks in the draft and let it appear; on an error it goes, the others stay."""
         self._draft = draft
         try:
-            if self.args.should_save:
-                draft.begin()
+            with self._written(draft):
+                if self.args.should_save:
+                    draft.begin()
+            with self._written(draft, waits=self._ranks_save_together):
+                yield
             self.accelerator.wait_for_everyone()
-            yield
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                draft.publish()
-        except _WRITE_ERRORS as error:
+            with self._written(draft):
+                if self.args.should_save:
+                    draft.publish()
+        except CheckpointError:
             if self.args.should_save:
                 draft.discard()
-            raise CheckpointError(_why_not_written(draft, error)) from error
+            raise
         finally:
             self._draft = None
-        self.accelerator.wait_for_everyone()
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; after that of a checkpoint, ranks may wait for each other."""
+        if self._draft is None:
+            super().save_model(*args, **kwargs)
+            return
+        with self._written(self._draft, waits=self._ranks_save_together):
+            super().save_model(*args, **kwargs)
+
+    def _written(self, draft: Draft, *, waits: bool = False) -> AbstractContextManager[None]:
+        return raised_together(self.accelerator, lambda reason: _why_not_written(draft, reason), waits=waits)
+
+    def _loaded(self, checkpoint: str, *, waits: bool = False) -> AbstractContextManager[None]:
+        rank = self.args.process_index
+
+        def describe(reason: str) -> str:
+            on_rank = f" on rank {rank}" if self.args.world_size > 1 else ""
+            return f"{checkpoint} cannot be loaded{on_rank}: {reason}; resume from one before it, by its path"
+
+        return raised_together(self.accelerator, describe, waits=waits)
+
+    @property
+    def _ranks_save_together(self) -> bool:
+        """Whether ranks wait for each other while a model or an optimizer is saved or loaded."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers)
 
     def _name_best(self, draft: Draft) -> None:
         """Name the best checkpoint by where it is, or will be, and not by where this one is written."""
@@ -120,28 +143,44 @@ class CheckpointedTrainer(Trainer):
         if self._draft is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with self._loaded(resume_from_checkpoint, waits=self._ranks_save_together):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is None:
+            return
+        with self._loaded(checkpoint, waits=self._ranks_save_together):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        with self._loaded(checkpoint):
             load_parts(Path(checkpoint), self.stateful_parts())
-            refuse_nonfinite(Path(checkpoint), self.model, None if self.is_deepspeed_enabled else self.optimizer)
+            refuse_nonfinite(self.model, None if self.is_deepspeed_enabled else self.optimizer)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with self._loaded(checkpoint):
+                super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with self._loaded(checkpoint):
+                super()._load_rng_state(checkpoint)
+
+    def _refuse_unwritable(self, directory: Path) -> None:
+        """Find out before the training what would end it at its first checkpoint."""
+        expected = f"output_dir: expected a directory for checkpoints, got {directory}"
+        with raised_together(self.accelerator, lambda reason: f"{expected}: {reason}"):
+            if self.args.should_save:
+                draft = Draft(directory, "probe")
+                draft.begin()
+                draft.staging.rmdir()
 
 
-def _refuse_unwritable(directory: Path) -> None:
-    """Find out before the training what would end it at its first checkpoint."""
-    draft = Draft(directory, "probe")
-    try:
-        draft.begin()
-        draft.staging.rmdir()
-    except OSError as error:
-        raise CheckpointError(f"output_dir: expected a directory for checkpoints, got {directory}: {error}") from error
-
-
-def _why_not_written(draft: Draft, error: BaseException) -> str:
+def _why_not_written(draft: Draft, reason: str) -> str:
     others = sort_checkpoints(str(draft.directory))
     last = f"the last one is {others[-1]}, to resume from" if others else "there is none before it"
     try:
         free = f"{shutil.disk_usage(draft.directory).free / 1e6:,.1f} MB are free there"
     except OSError as gone:
         free = f"the directory cannot be read: {gone}"
-    return f"{draft.final}: the checkpoint cannot be written ({error}); {free}; {last}"
+    return f"{draft.final}: the checkpoint cannot be written ({reason}); {free}; {last}"

@@ -16,9 +16,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import sort_checkpoints
 
 from robust_dpo.calibration.report import Mixture
+from robust_dpo.checkpoints import anything_to_resume
 from robust_dpo.cli.config_file import nearest
 from robust_dpo.cli.models import load_causal_lm, load_tokenizer
 from robust_dpo.data import load_preferences, tokenize_groups
@@ -170,7 +170,7 @@ class TrainingRun:
 
     def _refuse_nothing_to_resume(self, run: RunDirectory) -> None:
         """Before models are prepared; which checkpoint is whole, the trainer finds out."""
-        if not sort_checkpoints(str(run.checkpoints)):
+        if not anything_to_resume(run.checkpoints):
             raise argument_error("--resume", "a checkpoint in --out to go on from", run.checkpoints)
 
 

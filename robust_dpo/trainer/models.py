@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from robust_dpo.errors import argument_error, type_error
@@ -28,6 +29,11 @@ def load_model(model: str | nn.Module, init_kwargs: dict[str, Any], *, argument:
     if init_kwargs:
         raise argument_error(f"{argument}_init_kwargs", "none for a model that is already loaded", init_kwargs)
     return model
+
+
+def has_sharded_parameters(model: nn.Module) -> bool:
+    """Whether ranks hold parts of parameters already, whoever has sharded them."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def add_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:

@@ -12,6 +12,7 @@ from robust_dpo.errors import argument_error
 from robust_dpo.layout import LayoutPlan, plan_layout
 from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.head import LogitTransform
+from robust_dpo.trainer.models import has_sharded_parameters
 from robust_dpo.trainer.scoring import SequenceScorer
 from robust_dpo.trainer.self_check import HeadCheck, check_head
 
@@ -25,12 +26,12 @@ class ScorerPlanner:
     Args:
         args: of the run.
         accelerator: of the run.
-        sharded: ranks hold parts of the model (FSDP, DeepSpeed, or sharded when it was loaded).
+        will_shard: an engine is going to give each rank a part of the model (FSDP, DeepSpeed).
     """
 
     args: RobustDPOConfig
     accelerator: Accelerator
-    sharded: bool
+    will_shard: bool
 
     def scorer(self, model: nn.Module, name: str, *, trains: bool) -> SequenceScorer:
         """Runs `model`, which messages call `name`.
@@ -40,12 +41,18 @@ class ScorerPlanner:
         """
         return SequenceScorer(self._check_head(model, name), self.args.backend, self._plan_layout(model, name, trains))
 
+    def is_sharded(self, model: nn.Module) -> bool:
+        """Whether ranks hold parts of the parameters of `model`: from when it was loaded, or soon."""
+        return self.will_shard or has_sharded_parameters(model)
+
     def _plan_layout(self, model: nn.Module, name: str, trains: bool) -> LayoutPlan:
         args = self.args
         if args.torch_compile:
             plan = LayoutPlan("padded", reason="torch_compile compiles the model's own attention")
-        elif self.sharded:
-            plan = LayoutPlan("padded", reason="a sharded model is not tried beforehand")
+        elif self.is_sharded(model):
+            plan = LayoutPlan(
+                "padded", reason="ranks hold parts of it (FSDP, DeepSpeed), and it is not tried before"
+            )
         elif args.n_gpu > 1:
             plan = LayoutPlan("padded", reason="DataParallel cuts batches by rows; start with torchrun to pack them")
         else:
@@ -64,8 +71,8 @@ class ScorerPlanner:
             return HeadCheck(None, LogitTransform(), "head_route='logits'")
         if args.torch_compile:
             check = HeadCheck(None, LogitTransform(), "torch_compile compiles the model's own head")
-        elif self.sharded:
-            check = HeadCheck(None, LogitTransform(), "its weight is sharded")
+        elif self.is_sharded(model):
+            check = HeadCheck(None, LogitTransform(), "ranks hold parts of its weight (FSDP, DeepSpeed)")
         elif args.n_gpu > 1:
             check = HeadCheck(None, LogitTransform(), "DataParallel runs copies of it; start with torchrun to fuse it")
         else:

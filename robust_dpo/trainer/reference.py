@@ -10,8 +10,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from robust_dpo.errors import argument_error
 from robust_dpo.reference_cache import base_tensors, configuration_fingerprint, model_tensors, weights_fingerprint
 from robust_dpo.trainer.dropout import evaluating
+from robust_dpo.trainer.models import has_sharded_parameters
 from robust_dpo.trainer.scoring import Batch, SequenceScorer
 
 
@@ -64,7 +66,12 @@ class FrozenModel:
 
     @staticmethod
     def of(model: nn.Module, scorer: SequenceScorer) -> FrozenModel:
-        """Freeze `model`, in place."""
+        """Freeze `model`, in place.
+
+        Raises:
+            ValueError: ranks hold parts of it.
+        """
+        _refuse_sharded(model)
         return FrozenModel.as_it_is(model.requires_grad_(False), scorer)
 
     @staticmethod
@@ -103,13 +110,23 @@ def own_reference(policy: nn.Module, scorer: SequenceScorer, *, copy_policy: boo
         policy: the model to be trained, before training.
         scorer: what runs it.
         copy_policy: False where the reference is only used before training starts, and no copy is needed.
+
+    Raises:
+        ValueError: ranks hold parts of the policy already, so it can be neither copied nor hashed.
     """
+    _refuse_sharded(policy)
     if isinstance(policy, PeftModel):
         return PolicyWithoutAdapter.of(policy, scorer)
     if not copy_policy:
         return FrozenModel.as_it_is(policy, scorer)
     model = copy.deepcopy(policy)
     return FrozenModel.of(model, scorer.for_copy(model))
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    if has_sharded_parameters(model):
+        expected = "a ref_model that every rank has whole, or rows with ref_logps"
+        raise argument_error("ref_model", expected, "a model that was sharded when it was loaded")
 
 
 def _unwrap(model: nn.Module) -> Any:

@@ -14,7 +14,6 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -48,6 +47,7 @@ from robust_dpo.window import (
     make_weighting,
     plan_route,
     refuse_split_model,
+    refuse_steps_in_backward,
     refuse_unknown_groups,
 )
 
@@ -131,9 +131,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         self.bound_loss = args.bound_loss()
         self.objective = BatchObjective(self.bound_loss, robust, args.sft_weight, args.calibrated)
         self._reward_beta = args.reward_beta
-        sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
-        sharded = sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self._planner = ScorerPlanner(args, self.accelerator, sharded)
+        self._planner = ScorerPlanner(args, self.accelerator, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._scorer = self._planner.scorer(self.model, "the model", trains=True)
         # A subclass may change a batch, and what is laid out has to be what it gives.
         if type(self.data_collator) is PreferenceCollator:
@@ -169,13 +167,14 @@ class RobustDPOTrainer(CheckpointedTrainer):
     def _make_window(self) -> AccumulationWindow:
         """What makes the weights of a step those of its global batch."""
         refuse_unknown_groups(self.args, self.accelerator)
+        refuse_steps_in_backward(self.args, self.accelerator)
         plan = plan_route(
             self.objective,
             self.args.robust_scope,
             self.args.robust_route,
             accelerator=self.accelerator,
             micro_batches=self.args.gradient_accumulation_steps,
-            sharded=self._planner.sharded,
+            sharded=self._planner.is_sharded(self.model),
         )
         if plan.reason:
             logger.warning("robust weights take a second forward pass: %s", plan.reason)

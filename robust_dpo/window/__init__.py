@@ -6,7 +6,7 @@ backpropagate so that the step's gradient is that of the objective over all grou
 
 from robust_dpo.window.objective import BatchObjective, BatchSolution
 from robust_dpo.window.route import ROUTES, SCOPES, RoutePlan, plan_route
-from robust_dpo.window.supported import refuse_split_model, refuse_unknown_groups
+from robust_dpo.window.supported import refuse_split_model, refuse_steps_in_backward, refuse_unknown_groups
 from robust_dpo.window.table import GroupTable, batch_layout
 from robust_dpo.window.weighting import DomainLosses, Weighed, Weighting, WindowSolution
 from robust_dpo.window.window import AccumulationWindow, make_weighting
@@ -27,5 +27,6 @@ __all__ = [
     "make_weighting",
     "plan_route",
     "refuse_split_model",
+    "refuse_steps_in_backward",
     "refuse_unknown_groups",
 ]

@@ -10,17 +10,40 @@ from transformers import TrainingArguments
 
 from robust_dpo.errors import argument_error
 
+# Of transformers, beside those whose name ends in "layerwise".
+_STEP_IN_BACKWARD = ("lomo", "adalomo")
+
 
 def refuse_split_model(model: nn.Module, argument: str) -> None:
-    """Refuse a model whose layers `device_map` has put on several devices.
+    """Refuse a model whose layers lie on several devices: by `device_map`, or as stages of a pipeline.
 
     Raises:
-        ValueError: they are.
+        ValueError: they do.
     """
+    stages = getattr(getattr(getattr(model, "config", None), "distributed_config", None), "pp_size", 1)
+    if stages > 1:
+        expected = "a model without pipeline stages: every rank has to have groups of its own"
+        raise argument_error(argument, expected, f"pp_size={stages}")
     devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
     if len(devices) > 1:
         expected = "a model on one device of each process; start one process per device, with FSDP to shard it"
         raise argument_error(argument, expected, f"a device_map over {', '.join(sorted(devices))}")
+
+
+def refuse_steps_in_backward(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Refuse optimizers that move weights within a backward pass where a step has several of them.
+
+    Raises:
+        ValueError: `optim` is one, and a step has several micro-batches or ranks.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    if name not in _STEP_IN_BACKWARD and not name.endswith("layerwise"):
+        return
+    micro_batches, ranks = args.gradient_accumulation_steps, accelerator.num_processes
+    if micro_batches * ranks > 1:
+        passes = f"all backward passes of a step, which has {micro_batches} on each of {ranks} ranks"
+        expected = f"an optimizer that moves weights after {passes}"
+        raise argument_error("optim", expected, f"{name!r}, which does it within each")
 
 
 def refuse_unknown_groups(args: TrainingArguments, accelerator: Accelerator) -> None:

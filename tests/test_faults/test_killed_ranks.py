@@ -8,16 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty_runs import Run, assert_same_end, changes, finish_ranks, has_checkpoint
+from faulty_runs import Run, assert_same_end, changes, finish_ranks, has_checkpoint, sharded
 
 from robust_dpo.checkpoints import check
 
 OPTIONS = {"ddp_backend": "gloo", "save_steps": 1}
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    run = Run(tmp_path_factory.mktemp("ranks") / "run", options=OPTIONS)
+ENGINES = {
+    "ddp": OPTIONS,
+    "fsdp-shards": {**OPTIONS, **sharded("SHARDED_STATE_DICT")},
+    "fsdp-full": {**OPTIONS, **sharded("FULL_STATE_DICT")},
+}
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp-shards", pytest.param("fsdp-full", marks=pytest.mark.slow)])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    run = Run(tmp_path_factory.mktemp("ranks") / "run", options=ENGINES[request.param])
     assert finish_ranks(run) == [0, 0], run.output()
     yield run
 
@@ -32,7 +39,7 @@ def test_checkpoint_holds_the_files_of_all_ranks(whole: Run) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank(rank: int, whole: Run, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", options=OPTIONS)
+    run = Run(tmp_path / "run", options=whole.options)
     place = random.randrange(changes(whole, rank))
     codes = finish_ranks(run, kill_at=(rank, place))
     assert codes[rank] == -signal.SIGKILL, f"change {place}: {run.output()}"

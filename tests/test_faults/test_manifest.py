@@ -197,3 +197,19 @@ def test_a_checkpoint_whose_manifest_is_gone_is_not_taken_for_one_of_transformer
     (folder / RUN_FILE).write_text("{}")
     with pytest.raises(BrokenCheckpoint, match="being deleted"):
         check(folder)
+
+
+def test_the_last_one_is_used_where_an_older_one_was_being_deleted(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kill in the middle of a rotation, after any number of files."""
+    old = make_checkpoint(2)
+    files = sorted(path for path in old.rglob("*") if path.is_file())
+    random.shuffle(files)
+    last = make_checkpoint(4)
+    for path in files:
+        path.unlink()
+        assert checkpoint_to_resume(True, tmp_path) == str(last)
+        assert not caplog.records, "nobody has to know: it is older than what is used"
+        with pytest.raises(ValueError, match=f"expected a whole checkpoint; .* got {old}: "):
+            checkpoint_to_resume(str(old), tmp_path)

@@ -215,7 +215,7 @@ def test_checkpoint_that_is_not_finite_is_refused(
     folder = run.folder / "checkpoint-4"
     name = spoil(folder, value)
     write_manifest(folder)
-    with pytest.raises(CheckpointError, match=f"{folder}: {name} is not finite"):
+    with pytest.raises(CheckpointError, match=f"{folder} cannot be loaded: {name} is not finite"):
         run.train(resume=True)
     run.train(resume=str(run.folder / "checkpoint-2"))
 

@@ -1,6 +1,6 @@
 """Runs training cases on every rank and writes down how they ended; test_ranks.py launches it.
 
-Usage: torchrun rank_runs.py FOLDER ddp|fsdp, where FOLDER holds cases.json, data sets and models.
+Usage: torchrun rank_runs.py FOLDER ddp|fsdp|fsdp-at-load|zero-1|zero-2; FOLDER holds cases.json, data sets and models.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+from cpu_engines import deepspeed_on_cpu, shard_on_cpu, whole
 from datasets import load_from_disk
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers.distributed import DistributedConfig
 
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
 
@@ -50,8 +49,12 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
     """Train as `case` says; weights that were trained, the log and the steps, and the trainer."""
     set_seed(0)  # of the adapter
     steps = Steps()
+    model: Any = str(folder / case.get("model", "model"))
+    if case.get("sharded_at_load"):
+        sharding = DistributedConfig(fsdp_size=torch.distributed.get_world_size())
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="float32", distributed_config=sharding)
     trainer = RobustDPOTrainer(
-        str(folder / case.get("model", "model")),
+        model,
         None if case.get("lora") else str(folder / "reference"),
         RobustDPOConfig(
             output_dir=str(folder / f"run-{name}"),
@@ -72,29 +75,25 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     model = trainer.accelerator.unwrap_model(trainer.model)
-    ends = {key: _whole(value.detach()) for key, value in model.named_parameters() if value.requires_grad}
-    return ends, {"log": log, "steps": steps.found, "ranks": trainer.args.world_size}, trainer
+    ends = {key: whole(value.detach()) for key, value in model.named_parameters() if value.requires_grad}
+    told = {"log": log, "steps": steps.found, "ranks": trainer.args.world_size, "plan": _plan(trainer)}
+    return ends, told, trainer
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
-
-
-def _shard_on_cpu() -> None:
-    """Let accelerate shard models on CPUs: torch can, but accelerate asks for one of the kinds that have GPUs."""
-    begin = PartialState.__init__
-
-    def begin_as_gpus(self: PartialState, *args: Any, **kwargs: Any) -> None:
-        begin(self, *args, **kwargs)
-        self.distributed_type = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = begin_as_gpus
+def _plan(trainer: RobustDPOTrainer) -> dict[str, Any]:
+    """How the run was planned: layout, head, route."""
+    facts = trainer.run_record().facts
+    return {"layout": facts["layout"], "head": facts["head"], "route": type(trainer._window._weighting).__name__}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[2] == "fsdp":
-        _shard_on_cpu()
+        shard_on_cpu()
+    if sys.argv[2].startswith("zero"):
+        deepspeed_on_cpu()
+    if sys.argv[2] == "fsdp-at-load":
+        torch.distributed.init_process_group("gloo")
     folder = Path(sys.argv[1])
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         ends, told, trainer = run_case(folder, name, case)

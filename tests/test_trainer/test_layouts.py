@@ -197,6 +197,12 @@ def test_stream_of_unknown_length(train: Any, build_rows: Any, monkeypatch: Any)
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_optimizer_that_steps_within_backward(train: Any) -> None:
+    """Refused before it is looked for: it need not be installed."""
+    with pytest.raises(ValueError, match="optim: expected an optimizer that moves weights after all backward passes"):
+        train(optim="adalomo", gradient_accumulation_steps=2)
+
+
 class _LeaveWindow(TrainerCallback):
     """Ends the first epoch after the first micro-batch of its second step."""
 

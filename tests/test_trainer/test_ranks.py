@@ -45,6 +45,17 @@ SHARDED = {
         "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
     },
 }
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed, which divides what it needs to know among its own options and ours."""
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    return {"deepspeed": {**config, **dict.fromkeys(names, "auto")}, "use_cpu": False, "dataloader_pin_memory": False}
+
+
+# Options of the engines that have some.
+ENGINES = {"fsdp": SHARDED, "zero-1": _zero(1), "zero-2": _zero(2)}
 # engine and ranks: name of a case, and the groups of its micro-batches.
 LAYOUTS = {
     ("ddp", 2): [
@@ -74,6 +85,10 @@ LAYOUTS = {
         ("uneven", 1),
         ("domains", 2),
     ],
+    ("fsdp-at-load", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("uneven", 1)],
+    ("zero-1", 1): [("dora", 12), ("dora", 3)],
+    ("zero-1", 2): [("dora", 6), ("dora", 3), ("dora-lora", 3), ("dora-tied", 2), ("radius", 3), ("uneven", 1)],
+    ("zero-2", 2): [("dora", 6), ("dora", 3), ("dora-tied", 2), ("radius", 3), ("uneven-two-pass", 2)],
     ("ddp", 4): [
         ("dora", 3),
         ("dora", 1),
@@ -91,7 +106,8 @@ def with_layout(name: str, ranks: int, size: int, engine: str = "ddp") -> dict[s
     """The case with micro-batches of `size` groups on each of `ranks`."""
     total, case = CASES[name]
     layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": total // (size * ranks)}
-    return {**case, "options": {**case["options"], **layout, **(SHARDED if engine == "fsdp" else {})}}
+    options = {**case["options"], **layout, **ENGINES.get(engine, {})}
+    return {**case, "options": options, "sharded_at_load": engine == "fsdp-at-load"}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +152,8 @@ def launched(folder: Path) -> Callable[[str, int], None]:
     runs: dict[tuple[str, int], subprocess.CompletedProcess[str]] = {}
 
     def launch(engine: str, ranks: int) -> None:
+        if engine.startswith("zero"):
+            pytest.importorskip("deepspeed")
         if (engine, ranks) not in runs:
             layouts = LAYOUTS[engine, ranks]
             cases = {
@@ -144,7 +162,11 @@ def launched(folder: Path) -> Callable[[str, int], None]:
             (folder / "cases.json").write_text(json.dumps(cases))
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
             command += [f"--master-port={_free_port()}", str(Path(__file__).with_name("rank_runs.py"))]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
+            }
             runs[engine, ranks] = subprocess.run(
                 [*command, str(folder), engine],
                 capture_output=True,
@@ -204,6 +226,10 @@ def test_ranks_train_the_same_weights(
     ends = load_file(folder / f"{run}.safetensors")
     mine = [json.loads((folder / f"{run}-{rank}.json").read_text()) for rank in range(ranks)]
     assert {each["ranks"] for each in mine} == {ranks}
+    if engine != "ddp":
+        one_micro_batch = CASES[name][0] == size * ranks and name != "radius"
+        route = "OnePass" if one_micro_batch else "TwoPass"
+        assert mine[0]["plan"] == {"layout": "padded", "head": "logits", "route": route}
     assert ends.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(ends[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 
 from robust_dpo.trainer.dropout import disable_dropout
-from robust_dpo.trainer.reference import FrozenModel, PolicyWithoutAdapter
+from robust_dpo.trainer.reference import FrozenModel, PolicyWithoutAdapter, own_reference
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
 
@@ -210,3 +211,32 @@ def test_resuming_against_another_reference_is_refused(
     right = make_trainer(str(checkpoint), ref_model=build_model())
     right.train(resume_from_checkpoint=str(checkpoint))
     assert right.state.global_step == 3
+
+
+@pytest.fixture
+def sharded_model(build_model: Callable[..., Any]) -> Iterator[Any]:
+    """A model of which a parameter is sharded, over one rank."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    model = build_model()
+    whole = model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)]))
+    yield model
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_model_is_no_reference(sharded_model: Any, make_trainer: Callable[..., Any]) -> None:
+    """A copy, and a hash of all weights, would take what other ranks hold."""
+    scorer = make_trainer()._scorer
+    for make in (
+        lambda: own_reference(sharded_model, scorer, copy_policy=True),
+        lambda: own_reference(sharded_model, scorer, copy_policy=False),
+        lambda: FrozenModel.of(sharded_model, scorer),
+    ):
+        with pytest.raises(ValueError, match="ref_model: expected a ref_model that every rank has whole, or rows"):
+            make()
+
+
+def test_sharded_model_is_not_tried_beforehand(sharded_model: Any, make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer()
+    assert trainer._plan_layout(sharded_model, "it").kind == "padded"
+    assert trainer._check_head(sharded_model, "it").head is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_window.toy import FEATURES, Policy, cut, make_batch, make_window, train_step, whole
 from torch.utils.data import BatchSampler
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from robust_dpo.losses import resolve
 from robust_dpo.robust import KLRobust, RobustObjective
-from robust_dpo.window import BatchObjective, plan_route, refuse_split_model, refuse_unknown_groups
+from robust_dpo.window import (
+    BatchObjective,
+    plan_route,
+    refuse_split_model,
+    refuse_steps_in_backward,
+    refuse_unknown_groups,
+)
 from robust_dpo.window.real_groups import first_seen, kept
 
 
@@ -206,6 +215,30 @@ def test_refuses_a_model_that_is_split_over_devices() -> None:
     model.hf_device_map = {"layer.0": 0, "layer.1": 1}
     with pytest.raises(ValueError, match=r"model: expected a model on one device of each process.* over 0, 1"):
         refuse_split_model(model, "model")
+
+
+def test_refuses_stages_of_a_pipeline() -> None:
+    model = Policy(torch.zeros(FEATURES))
+    model.config = SimpleNamespace(distributed_config=SimpleNamespace(pp_size=1))
+    refuse_split_model(model, "model")
+    model.config.distributed_config.pp_size = 2
+    with pytest.raises(ValueError, match=r"model: expected a model without pipeline stages.* got pp_size=2"):
+        refuse_split_model(model, "model")
+
+
+@pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
+def test_refuses_optimizers_that_step_within_backward(name: str) -> None:
+    """Weights would move before those of the whole step are known."""
+    args = TrainingArguments(output_dir="never-made", optim=name, use_cpu=True)
+    refuse_steps_in_backward(args, _Ranks(num_processes=1))
+    steps = "lomo" in name or "layerwise" in name
+    for micro_batches, ranks in ((2, 1), (1, 2)):
+        args.gradient_accumulation_steps = micro_batches
+        if not steps:
+            refuse_steps_in_backward(args, _Ranks(num_processes=ranks))
+            continue
+        with pytest.raises(ValueError, match=f"optim: .* has {micro_batches} on each of {ranks} ranks, got '{name}'"):
+            refuse_steps_in_backward(args, _Ranks(num_processes=ranks))
 
 
 def test_a_stream_on_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
