@@ -120,6 +120,11 @@ class GroupLayout:
         """Flat [S] → [G, K], `fill` where there is no response. Differentiable."""
         return values[self.slots].masked_fill(~self.mask, fill)
 
+    def unpad(self, values: Tensor) -> Tensor:
+        """[G, K or more] → flat [S]."""
+        column = torch.arange(len(self.group_of), device=self.group_of.device) - self.slots[self.group_of, 0]
+        return values[self.group_of, column]
+
     def group_mean(self, values: Tensor) -> Tensor:
         """Flat [S] → [G], the mean over the responses of each group."""
         return self.pad(values).sum(1) / self.mask.sum(1)

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from robust_dpo import losses
 from robust_dpo.calibration.density_ratio import Form
 from robust_dpo.calibration.reduce import REDUCTIONS
+from robust_dpo.checks import NON_NEGATIVE, check_number
 from robust_dpo.dispatch import check_backend
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.layout import LAYOUTS, available_backends
@@ -98,6 +99,13 @@ class RobustDPOConfig(TrainingArguments):
     )
     loss_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further options of the loss by name."}
+    )
+
+    sft_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Add this times the negative log-likelihood per token of the best responses of the global batch."
+        },
     )
 
     mode: str = field(
@@ -188,6 +196,7 @@ class RobustDPOConfig(TrainingArguments):
         self._check_choices()
         check_backend(self.backend, self.device)
         self._check_counts()
+        self.sft_weight = check_number("sft_weight", self.sft_weight, NON_NEGATIVE)
         for name in OPTION_FIELDS:
             if getattr(self, name) is None:
                 setattr(self, name, {})

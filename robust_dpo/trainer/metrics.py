@@ -9,10 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from robust_dpo.groups import GroupLayout, Groups
-from robust_dpo.ops.host import send
-from robust_dpo.output import PreferenceOutput
+from robust_dpo.groups import Groups
 from robust_dpo.trainer.scoring import Batch, response_lengths
+from robust_dpo.window import batch_layout
 
 # Columns of `group_metrics`, in order.
 GROUP_METRICS = (
@@ -27,19 +26,18 @@ GROUP_METRICS = (
 LOGP_ACCURACIES = ("logp_accuracy", "token_logp_accuracy")
 
 
-def seen_groups(output: PreferenceOutput, batch: Batch) -> Groups:
-    """What the metrics see of a batch: the responses of each group with their detached log-probs.
+def seen_groups(batch: Batch, logps: Tensor, ref_logps: Tensor | None) -> Groups:
+    """The responses [S] of a collated batch, by groups, with their detached log-probs.
 
     Reads nothing from the device where the `group_sizes` of the batch are on the CPU.
     """
-    sizes, device = batch["group_sizes"].tolist(), output.logps.device
-    layout = GroupLayout.ragged(send(sizes, device), max(sizes), len(output.logps))
+    layout = batch_layout(batch["group_sizes"], logps.device)
     optional = {
         name: None if values is None else layout.pad(values)
-        for name, values in (("ref_logps", output.ref_logps), ("scores", batch.get("scores")))
+        for name, values in (("ref_logps", ref_logps), ("scores", batch.get("scores")))
     }
-    lengths = layout.pad(response_lengths(batch).to(output.logps.dtype), fill=1.0)
-    return Groups(layout.pad(output.logps), lengths, layout.mask, **optional)
+    lengths = layout.pad(response_lengths(batch).to(logps.dtype), fill=1.0)
+    return Groups(layout.pad(logps), lengths, layout.mask, **optional)
 
 
 def group_metrics(groups: Groups, beta: float) -> Tensor:

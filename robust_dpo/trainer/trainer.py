@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
@@ -24,32 +23,25 @@ from robust_dpo.checkpoints import CheckpointedTrainer, RunRecord
 from robust_dpo.data import PreferenceCollator, length_statistics
 from robust_dpo.data.fingerprint import rows_fingerprint
 from robust_dpo.errors import argument_error, type_error
-from robust_dpo.layout import LayoutPlan, plan_layout
+from robust_dpo.losses.linear import LINEAR
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.reference_cache import ReferenceCache
 from robust_dpo.robust import Mean
 from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.data import RowPreparation, Rows
 from robust_dpo.trainer.dropout import disable_dropout, evaluating
-from robust_dpo.trainer.head import LogitTransform
-from robust_dpo.trainer.metrics import (
-    GROUP_METRICS,
-    RunningMeans,
-    group_metrics,
-    known_means,
-    logp_accuracies,
-    robust_metrics,
-    seen_groups,
-    widest_float,
-)
+from robust_dpo.trainer.evaluation import evaluate_groups
+from robust_dpo.trainer.metrics import GROUP_METRICS, RunningMeans, group_metrics, robust_metrics, seen_groups
 from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer
 from robust_dpo.trainer.nonfinite import NonFiniteGuard
+from robust_dpo.trainer.planner import ScorerPlanner
 from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
-from robust_dpo.trainer.scoring import Batch, SequenceScorer, response_lengths
-from robust_dpo.trainer.self_check import HeadCheck, check_head
+from robust_dpo.trainer.scoring import Batch, response_lengths
 from robust_dpo.window import (
     AccumulationWindow,
+    BatchObjective,
+    GroupTable,
     Weighed,
     make_weighting,
     plan_route,
@@ -132,9 +124,12 @@ class RobustDPOTrainer(CheckpointedTrainer):
         # transformers then divides the loss by the number of micro-batches of a step, which `compute_loss` undoes.
         self.model_accepts_loss_kwargs = False
         self.bound_loss = args.bound_loss()
-        self.objective = args.objective()
+        self.objective = BatchObjective(self.bound_loss, args.objective(), args.sft_weight)
         self._reward_beta = args.reward_beta
-        self._scorer = self._make_scorer(self.model, "the model")
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        sharded = sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._planner = ScorerPlanner(args, self.accelerator, sharded)
+        self._scorer = self._planner.scorer(self.model, "the model", trains=True)
         # A subclass may change a batch, and what is laid out has to be what it gives.
         if type(self.data_collator) is PreferenceCollator:
             self.data_collator = self.data_collator.for_layout(self._scorer.layout)
@@ -148,6 +143,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         self._window = self._make_window()
         self._window_ids: list[str] = []
         self._last_weights: tuple[Tensor, list[str]] | None = None
+        self._evaluated: GroupTable | None = None
         if not args.disable_tqdm:
             self._print_lengths()
 
@@ -163,51 +159,6 @@ class RobustDPOTrainer(CheckpointedTrainer):
             speedup = lengths.expected_speedup(*layer_parameters(self.model), shared=kind == "group")
             self.accelerator.print(f"layout {kind!r}: expected {speedup:.1f} × as fast as padded batches")
 
-    def _make_scorer(self, model: nn.Module, name: str) -> SequenceScorer:
-        return SequenceScorer(self._check_head(model, name), self.args.backend, self._plan_layout(model, name))
-
-    def _plan_layout(self, model: nn.Module, name: str) -> LayoutPlan:
-        """How batches are laid out for `model`."""
-        if self.args.torch_compile:
-            plan = LayoutPlan("padded", reason="torch_compile compiles the model's own attention")
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            plan = LayoutPlan("padded", reason="FSDP and DeepSpeed shard the model, which is then not tried beforehand")
-        elif self.args.n_gpu > 1:
-            plan = LayoutPlan("padded", reason="DataParallel cuts batches by rows; start with torchrun to pack them")
-        else:
-            attention, row_tokens = self.args.layout_attention, self.args.layout_row_tokens
-            with self.accelerator.autocast():
-                plan = plan_layout(
-                    model,
-                    self.args.layout,
-                    attention=attention,
-                    row_tokens=row_tokens,
-                    trains=model is self.model,
-                )
-        if plan.reason and self.args.layout in ("group", "packed"):
-            raise argument_error("layout", f"'auto' or 'padded' for {name}: {plan.reason}", repr(self.args.layout))
-        if plan.reason and self.args.layout == "auto":
-            logger.warning("%s: responses do not share their prompt, which costs time: %s", name, plan.reason)
-        return plan
-
-    def _check_head(self, model: nn.Module, name: str) -> HeadCheck:
-        """The route that the head of `model` takes."""
-        if self.args.head_route == "logits":
-            return HeadCheck(None, LogitTransform(), "head_route='logits'")
-        if self.args.torch_compile:
-            check = HeadCheck(None, LogitTransform(), "torch_compile compiles the model's own head")
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            check = HeadCheck(None, LogitTransform(), "FSDP and DeepSpeed shard its weight")
-        elif self.args.n_gpu > 1:
-            check = HeadCheck(None, LogitTransform(), "DataParallel runs copies of it; start with torchrun to fuse it")
-        else:
-            check = check_head(model)
-        if check.head is None:
-            if self.args.head_route == "fused":
-                raise argument_error("head_route", f"'auto' or 'logits', for {name}: {check.reason}", "'fused'")
-            logger.warning("%s: the head is not fused with the loss, which costs memory: %s", name, check.reason)
-        return check
-
     def _make_window(self) -> AccumulationWindow:
         """What makes the weights of a step those of its global batch."""
         refuse_unknown_groups(self.args, self.accelerator)
@@ -217,30 +168,25 @@ class RobustDPOTrainer(CheckpointedTrainer):
             self.args.robust_route,
             accelerator=self.accelerator,
             micro_batches=self.args.gradient_accumulation_steps,
-            sharded=any(isinstance(parameter, DTensor) for parameter in self.model.parameters()),
+            sharded=self._planner.sharded,
         )
         if plan.reason:
             logger.warning("robust weights take a second forward pass: %s", plan.reason)
         logger.info("robust weights over each %s: %s", self.args.robust_scope, plan.kind)
         return AccumulationWindow(
-            make_weighting(
-                plan,
-                self.objective,
-                self.preference_output,
-                self._look,
-                self.accelerator,
-                calibrated=self.args.calibrated,
-            ),
+            make_weighting(plan, self.objective, self.preference_output, self._look, self.accelerator),
             self.accelerator,
             self._prepare_inputs,
             drop_last=self.args.dataloader_drop_last,
         )
 
-    def _look(self, model: nn.Module, batch: Batch) -> PreferenceOutput:
-        """The group losses of a batch, without gradients and dropout."""
-        groups = torch.ones(len(batch["group_sizes"]), device=batch["input_ids"].device)
-        with torch.no_grad(), evaluating(model):
-            return self.preference_output(model, batch, groups)
+    def _look(self, model: nn.Module, batch: Batch) -> GroupTable:
+        """The groups of a batch with their log-probs, without gradients and dropout."""
+        batch = self._scorer.laid_out(batch)
+        with torch.no_grad(), evaluating(model), self.accelerator.autocast():
+            ref_logps = self._ref_logps(model, batch)
+            groups = seen_groups(batch, self._scorer.logps(model, batch), ref_logps)
+        return GroupTable(groups, batch["calibration"] if self.args.calibrated else None)
 
     def _build_reference(self, ref_model: nn.Module | None) -> Reference | None:
         """The reference of the run; None where the loss needs none or all rows bring its log-probs."""
@@ -256,7 +202,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         # Quantised models refuse even a move to where they are.
         if next(ref_model.parameters()).device != self.args.device:
             ref_model = ref_model.to(self.args.device)
-        return FrozenModel.of(ref_model, self._make_scorer(ref_model, "ref_model"))
+        return FrozenModel.of(ref_model, self._planner.scorer(ref_model, "ref_model", trains=False))
 
     def _precompute(self, ref: Reference) -> None:
         """Add the reference's log-probs to the data sets and release it."""
@@ -295,27 +241,26 @@ class RobustDPOTrainer(CheckpointedTrainer):
         loader: DataLoader[Any] = super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
         return loader
 
-    def preference_output(self, model: nn.Module, batch: Batch, coefficients: Tensor | None = None) -> PreferenceOutput:
-        """Loss, log-probs and robust weights of one batch by itself.
+    def preference_output(self, model: nn.Module, batch: Batch, slopes: Tensor | None = None) -> PreferenceOutput:
+        """Loss, log-probs and robust weights of one batch by itself, without the SFT term.
 
         Args:
             model: the policy, wrapped as it is trained.
             batch: what the collator gives, on the model's device.
-            coefficients: [G] ≥ 0, for the loss Σ coefficients · ℓ in place of the objective.
+            slopes: [S], for the loss Σ slopes · logp in place of the objective.
         """
         batch = self._scorer.laid_out(batch)
-        robust, calibration = self.objective, batch["calibration"] if self.args.calibrated else None
-        if coefficients is not None:
-            robust, calibration = Mean(), coefficients * len(coefficients)
+        objective: dict[str, Any] = {
+            "loss": self.bound_loss,
+            "robust": self.objective.robust,
+            "calibration": batch["calibration"] if self.args.calibrated else None,
+            "scores": batch.get("scores"),
+        }
+        if slopes is not None:
+            groups = len(batch["group_sizes"])
+            objective = {"loss": LINEAR, "robust": Mean(), "scores": (groups * slopes).float()}
         with self.accelerator.autocast():
-            objective: dict[str, Any] = {
-                "ref_logps": self._ref_logps(model, batch),
-                "group_sizes": batch["group_sizes"],
-                "loss": self.bound_loss,
-                "robust": robust,
-                "calibration": calibration,
-                "scores": batch.get("scores"),
-            }
+            objective |= {"ref_logps": self._ref_logps(model, batch), "group_sizes": batch["group_sizes"]}
             if self._scorer.fused:
                 return ops.linear_preference_loss(**self._scorer.head_arguments(model, batch), **objective)
             logps = self._scorer.logps(model, batch)
@@ -359,7 +304,8 @@ class RobustDPOTrainer(CheckpointedTrainer):
         """Metrics and checks of a micro-batch, and at the last one of a step those of the step."""
         output, solution = weighed.output, weighed.solution
         self._guard.watch(weighed.loss, output.group_losses, batch["ids"])
-        metrics = group_metrics(seen_groups(output, batch), self._reward_beta)
+        groups = seen_groups(batch, output.logps, output.ref_logps)
+        metrics = group_metrics(groups, self._reward_beta)
         if weighed.counts:
             self._window_ids += batch["ids"]
         else:
@@ -369,7 +315,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
             # What is not finite counts as unknown.
             known = {"loss": solution.value.where(solution.value.isfinite(), float("nan"))}
             parameter = solution.parameter if self.args.weighs_groups else None
-            self._means.add(known | robust_metrics(solution.max_weight, solution.ess, parameter))
+            self._means.add(known | dict(solution.terms) | robust_metrics(solution.max_weight, solution.ess, parameter))
             self._last_weights = solution.weights, self._window_ids
             self._guard.watch_step(solution.value)
             self._step_loss = solution.value
@@ -416,36 +362,28 @@ class RobustDPOTrainer(CheckpointedTrainer):
         inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor, None]:
-        """Loss, and per group: its loss, its calibration, GROUP_METRICS and LOGP_ACCURACIES, [G, 10] `widest_float`."""
-        batch = self._scorer.laid_out(self._prepare_inputs(inputs))
-        with torch.no_grad():
-            output = self.preference_output(model, batch)
-        calibration = batch["calibration"] if self.args.calibrated else torch.ones_like(output.group_losses)
-        own = torch.stack([output.group_losses, calibration], dim=1)
-        groups = seen_groups(output, batch)
-        columns = [own, group_metrics(groups, self._reward_beta), logp_accuracies(groups)]
-        table = torch.cat(columns, dim=1)
-        return output.loss.detach(), table.to(widest_float(table.device)), None
+    ) -> tuple[None, Tensor, None]:
+        """Nothing but the groups with their log-probs, as `GroupTable.to_tensor` writes them."""
+        self._evaluated = self._look(model, self._prepare_inputs(inputs))
+        return None, self._evaluated.to_tensor(), None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in transformers, with the metrics of GROUP_METRICS and the objective over the whole data set.
 
-        The loss is the objective of all groups together, so it does not depend on the batch size.
+        The loss is the objective of all groups together, so it does not depend on the batch size. The predictions are
+        a row [10] for each group: loss, calibration, GROUP_METRICS and LOGP_ACCURACIES.
         """
-        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        table = result.predictions
-        # Not concatenated where eval_do_concat_batches is off.
-        table = torch.from_numpy(np.concatenate(table) if isinstance(table, list) else table)
-        solution = self.objective.solve(table[:, 0], table[:, 1] if self.args.calibrated else None)
-        parameter = solution.parameter if self.args.weighs_groups else None
-        metrics = {
-            "loss": solution.value,
-            **known_means(dict(zip(GROUP_METRICS, table[:, 2 : 2 + len(GROUP_METRICS)].unbind(1), strict=True))),
-            **robust_metrics(solution.weights.amax(), solution.ess, parameter),
-        }
-        result.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()})
-        return result
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        assert self._evaluated is not None
+        result = evaluate_groups(
+            output.predictions,
+            self._evaluated,
+            self.objective,
+            reward_beta=self._reward_beta,
+            weighs_groups=self.args.weighs_groups,
+        )
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()})
+        return output._replace(predictions=result.table)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; logs of training get the metrics gathered since the last one."""
@@ -470,8 +408,8 @@ class RobustDPOTrainer(CheckpointedTrainer):
     def stateful_parts(self) -> dict[str, Stateful]:
         """The count of skipped steps, and the state of an objective that has one."""
         parts: dict[str, Stateful] = {"skipped_steps": self._guard}
-        if isinstance(self.objective, Stateful):
-            parts["objective"] = self.objective
+        if isinstance(self.objective.robust, Stateful):
+            parts["objective"] = self.objective.robust
         return parts
 
     def run_record(self) -> RunRecord:

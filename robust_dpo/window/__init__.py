@@ -4,8 +4,10 @@
 backpropagate so that the step's gradient is that of the objective over all groups of all of them, on every rank.
 """
 
+from robust_dpo.window.objective import BatchObjective, BatchSolution
 from robust_dpo.window.route import ROUTES, SCOPES, RoutePlan, plan_route
 from robust_dpo.window.supported import refuse_split_model, refuse_unknown_groups
+from robust_dpo.window.table import GroupTable, batch_layout
 from robust_dpo.window.weighting import Weighed, Weighting, WindowSolution
 from robust_dpo.window.window import AccumulationWindow, make_weighting
 
@@ -13,10 +15,14 @@ __all__ = [
     "ROUTES",
     "SCOPES",
     "AccumulationWindow",
+    "BatchObjective",
+    "BatchSolution",
+    "GroupTable",
     "RoutePlan",
     "Weighed",
     "Weighting",
     "WindowSolution",
+    "batch_layout",
     "make_weighting",
     "plan_route",
     "refuse_split_model",

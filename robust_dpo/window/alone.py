@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from robust_dpo.output import PreferenceOutput
-from robust_dpo.window.weighting import Batch, Forward, MicroBatch, Weighed, WindowSolution
+from robust_dpo.window.weighting import Batch, MicroBatch, Weighed, Weighting, WindowSolution
 
 
 class Alone:
     """The mean over micro-batches and ranks of their own objectives. Depends on how the batch is cut.
 
     Args:
-        forward: runs a micro-batch.
+        route: for windows of one micro-batch on one rank.
     """
 
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
+    def __init__(self, route: Weighting) -> None:
+        self._route = route
         self._window: Sequence[MicroBatch] = ()
-        self._outputs: list[PreferenceOutput] = []
+        self._solutions: list[WindowSolution] = []
 
     def open(self, model: nn.Module, window: Sequence[MicroBatch]) -> list[Batch]:
-        self._window, self._outputs = window, []
+        self._window, self._solutions = window, []
         return [micro.batch for micro in window]
 
     def run(self, model: nn.Module, batch: Batch, place: int) -> Weighed:
-        output = self._forward(model, batch)
-        self._outputs.append(output)
-        counts = self._window[place].counts
-        loss = output.loss * (counts / len(self._window))
-        return Weighed(loss, output, counts, self._solution() if place == len(self._window) - 1 else None)
+        micro = self._window[place]
+        (batch,) = self._route.open(model, [MicroBatch(batch, counts=True)])
+        weighed = self._route.run(model, batch, 0)
+        assert weighed.solution is not None
+        if micro.counts:
+            self._solutions.append(weighed.solution)
+        loss = weighed.loss * (micro.counts / len(self._window))
+        last = place == len(self._window) - 1
+        return replace(weighed, loss=loss, counts=micro.counts, solution=self._mean(weighed.solution) if last else None)
 
-    def _solution(self) -> WindowSolution:
+    def _mean(self, like: WindowSolution) -> WindowSolution:
         """Means over the micro-batches of this rank, NaN if none counts; weights of sum 1 over each."""
-        outputs = [output for output, micro in zip(self._outputs, self._window, strict=True) if micro.counts]
+        solutions = self._solutions
 
         def mean(values: list[Tensor]) -> Tensor:
-            return torch.stack(values).mean() if values else self._outputs[0].loss.new_full((), float("nan"))
+            return torch.stack(values).mean() if values else torch.full_like(like.value, float("nan"))
 
         return WindowSolution(
-            value=mean([output.loss.detach() for output in outputs]),
-            ess=mean([output.ess for output in outputs]),
-            max_weight=mean([output.weights.amax() for output in outputs]),
-            parameter=mean([output.parameter for output in outputs]),
-            weights=torch.cat([self._outputs[0].weights[:0], *(output.weights for output in outputs)]),
+            value=mean([solution.value for solution in solutions]),
+            ess=mean([solution.ess for solution in solutions]),
+            max_weight=mean([solution.max_weight for solution in solutions]),
+            parameter=mean([solution.parameter for solution in solutions]),
+            weights=torch.cat([like.weights[:0], *(solution.weights for solution in solutions)]),
+            terms={name: mean([solution.terms[name] for solution in solutions]) for name in like.terms},
         )

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from robust_dpo.errors import argument_error
-from robust_dpo.robust import ExponentialTilt, RobustObjective
+from robust_dpo.robust import ExponentialTilt
+from robust_dpo.window.objective import BatchObjective
 
 ROUTES = ("auto", "one_pass", "two_pass")
 SCOPES = ("global_batch", "micro_batch")
@@ -19,8 +20,9 @@ class RoutePlan:
     """How the weights are had.
 
     Args:
-        kind: "one_pass", "two_pass", or "micro_batch": each micro-batch by itself.
-        reason: why it is not one pass; empty where it is, or where it was asked for.
+        kind: "one_pass", "two_pass", "in_one" (the operator solves a global batch that is one micro-batch), or
+            "micro_batch": each by itself.
+        reason: why it takes two passes; empty where it does not, or where that was asked for.
     """
 
     kind: str
@@ -28,12 +30,12 @@ class RoutePlan:
 
 
 def plan_route(
-    objective: RobustObjective, scope: str, route: str, *, accelerator: Accelerator, micro_batches: int, sharded: bool
+    objective: BatchObjective, scope: str, route: str, *, accelerator: Accelerator, micro_batches: int, sharded: bool
 ) -> RoutePlan:
     """The route of a run.
 
     Args:
-        objective: the aggregation over groups.
+        objective: of the run.
         scope: one of SCOPES.
         route: one of ROUTES; "auto" takes one pass where that is exact.
         accelerator: of the run.
@@ -47,17 +49,24 @@ def plan_route(
         return RoutePlan("micro_batch")
     if route == "two_pass":
         return RoutePlan("two_pass")
-    reason = _why_two_passes(objective) or (_why_not_rescaled(accelerator, sharded) if micro_batches > 1 else "")
-    if reason and route == "one_pass":
+    reason = _why_no_tilt(objective) or (_why_not_rescaled(accelerator, sharded) if micro_batches > 1 else "")
+    if not reason:
+        return RoutePlan("one_pass")
+    if micro_batches * accelerator.num_processes == 1 and not objective.adds_terms:
+        return RoutePlan("in_one")
+    if route == "one_pass":
         raise argument_error("robust_route", f"'auto' or 'two_pass': {reason}", repr(route))
-    return RoutePlan("two_pass" if reason else "one_pass", reason)
+    return RoutePlan("two_pass", reason)
 
 
-def _why_two_passes(objective: RobustObjective) -> str:
+def _why_no_tilt(objective: BatchObjective) -> str:
     """Why gradients of an objective cannot be accumulated before its weights are known; empty where they can."""
-    if objective.single_pass and isinstance(objective, ExponentialTilt):
+    if objective.adds_terms:
+        return "what is added to the aggregation over groups has a scale of its own"
+    robust = objective.robust
+    if robust.single_pass and isinstance(robust, ExponentialTilt):
         return ""
-    return f"the groups of {objective.key} are coupled by more than one normaliser"
+    return f"the groups of {robust.key} are coupled by more than one normaliser"
 
 
 def _why_not_rescaled(accelerator: Accelerator, sharded: bool) -> str:

@@ -1,20 +1,21 @@
-"""Weights first, from a pass without gradients over the whole window; then training with weights that are known.
+"""Slopes first, from a pass without gradients over the whole window; then training on log-probs with known weights.
 
-For aggregations whose weights are no softmax, and for engines that take gradients away at each micro-batch. Costs
-another forward pass of the policy. Weights are those of the model without dropout.
+The objective of the global batch, whatever it couples, has one derivative ∂L/∂logp for each response. With those the
+window trains on Σ ∂L/∂logp · logp, which has its gradient and falls apart into micro-batches. Costs another forward
+pass of the policy. The derivatives are taken where the model is without dropout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from robust_dpo.ops.precision import exact_dtype
-from robust_dpo.output import PreferenceOutput
-from robust_dpo.robust import RobustObjective
+from robust_dpo.window.objective import BatchObjective, BatchSolution
+from robust_dpo.window.ranks import Ranks
+from robust_dpo.window.table import PRESENT, GroupTable, batch_layout, padded_alike
 from robust_dpo.window.weighting import Batch, Forward, Look, MicroBatch, Weighed, WindowSolution
 
 
@@ -24,76 +25,74 @@ class TwoPass:
     Args:
         objective: of the run.
         forward: runs a micro-batch.
-        look: runs it for its losses alone.
-        accelerator: of the run.
-        calibrated: whether the objective uses the calibration of the groups.
+        look: runs it for its log-probs alone.
+        ranks: that have groups of the global batch.
     """
 
-    def __init__(
-        self,
-        objective: RobustObjective,
-        forward: Forward,
-        look: Look,
-        accelerator: Accelerator,
-        *,
-        calibrated: bool,
-    ) -> None:
-        self._objective, self._forward, self._look, self._accelerator = objective, forward, look, accelerator
-        self._calibrated = calibrated
+    def __init__(self, objective: BatchObjective, forward: Forward, look: Look, ranks: Ranks) -> None:
+        self._objective, self._forward, self._look, self._ranks = objective, forward, look, ranks
         self._window: Sequence[MicroBatch] = ()
-        self._coefficients: list[Tensor] = []
+        self._slopes: list[Tensor] = []
+        self._losses: list[Tensor] = []
         self._factor: Tensor | None = None
         self._solution: WindowSolution | None = None
 
     def open(self, model: nn.Module, window: Sequence[MicroBatch]) -> list[Batch]:
         self._window = window
-        outputs = [self._look(model, each.batch) for each in window]
-        table = self._table(window, outputs)
-        everyone = self._accelerator.gather(self._accelerator.pad_across_processes(table, dim=1)[None])
-        # Micro-batch before rank: the order in which the sampler dealt the groups, however they are cut.
-        ordered = everyone.transpose(0, 1)
-        real = ordered[..., 2] == 1
-        losses, calibration = ordered[real][:, 0], ordered[real][:, 1]
-        solution = self._objective.solve(losses, calibration if self._calibrated else None)
-        spread = torch.zeros_like(ordered[..., :2])
-        spread[real] = torch.stack([solution.coefficients, solution.weights], dim=1)
-        coefficients, weights = spread[:, self._accelerator.process_index].unbind(-1)
-        # Coefficients that are not numbers must reach the loss, which stops the step, not the check of the operator.
-        usable = coefficients.isfinite().all()
-        self._factor = torch.where(usable, float(self._accelerator.num_processes), float("nan"))
-        sizes = [len(output.group_losses) for output in outputs]
-        known = coefficients.where(usable, 0.0)
-        self._coefficients = [row[:size] for row, size in zip(known, sizes, strict=True)]
-        counted = [row[:size] for row, size, each in zip(weights, sizes, window, strict=True) if each.counts]
+        tables = [self._look(model, each.batch) for each in window]
+        everyone = self._everyone(tables)
+        real = everyone[..., 0, PRESENT] == 1
+        solution = self._objective.solve(tables[0].of_tensor(everyone[real]))
+        # Slopes that are not numbers must reach the loss, which stops the step, not the check of the operator.
+        usable = solution.slopes.isfinite().all()
+        self._factor = torch.where(usable, float(self._ranks.num_processes), float("nan"))
+        slopes, losses, weights = self._own(solution, real)
+        layouts = [batch_layout(each.batch["group_sizes"], real.device) for each in window]
+        sizes = [layout.num_groups for layout in layouts]
+        known = slopes.where(usable, 0.0)
+        self._slopes = [layout.unpad(part) for layout, part in zip(layouts, known, strict=True)]
+        self._losses = [part[:size] for part, size in zip(losses, sizes, strict=True)]
+        counted = [part[:size] for part, size, each in zip(weights, sizes, window, strict=True) if each.counts]
         self._solution = WindowSolution(
             value=solution.value,
-            ess=solution.ess,
-            max_weight=solution.weights.amax(),
-            parameter=solution.parameter,
+            ess=solution.robust.ess,
+            max_weight=solution.robust.weights.amax(),
+            parameter=solution.robust.parameter,
             weights=torch.cat([weights.new_empty(0), *counted]),
+            terms=solution.terms,
         )
-        return [_with_reference(each.batch, output) for each, output in zip(window, outputs, strict=True)]
+        references = [table.groups.ref_logps for table in tables]
+        return [
+            # So that the reference is not run again.
+            each.batch if known is None else {**each.batch, "ref_logps": layout.unpad(known)}
+            for each, known, layout in zip(window, references, layouts, strict=True)
+        ]
 
     def run(self, model: nn.Module, batch: Batch, place: int) -> Weighed:
         assert self._factor is not None
-        output = self._forward(model, batch, self._coefficients[place])
+        slopes, losses = self._slopes[place], self._losses[place]
+        output = self._forward(model, batch, slopes)
+        # Those of the objective, in place of what stood in for them.
+        output = replace(output, group_losses=losses.to(output.group_losses.dtype))
         solution = self._solution if place == len(self._window) - 1 else None
         return Weighed(output.loss * self._factor.to(output.loss), output, self._window[place].counts, solution)
 
-    def _table(self, window: Sequence[MicroBatch], outputs: Sequence[PreferenceOutput]) -> Tensor:
-        """[n, B, 3] exact dtype: loss, h, and 1 where there is a group that counts; 0 where there is none."""
-        widest = max(len(output.group_losses) for output in outputs)
-        device = outputs[0].group_losses.device
-        table = torch.zeros(len(window), widest, 3, dtype=exact_dtype(device), device=device)
-        for row, each, output in zip(table, window, outputs, strict=True):
-            if each.counts:
-                size = len(output.group_losses)
-                row[:size, 0] = output.group_losses
-                row[:size, 1] = each.batch["calibration"] if self._calibrated else 1.0
-                row[:size, 2] = 1.0
-        return table
+    def _everyone(self, tables: Sequence[GroupTable]) -> Tensor:
+        """[n, ranks, G, K, C]: micro-batch before rank, the order in which the sampler dealt the groups.
 
+        However they are cut, the real ones are then the same in the same order.
+        """
+        counts = [each.counts for each in self._window]
+        own = padded_alike([table.to_tensor() * count for table, count in zip(tables, counts, strict=True)])
+        for dim in (1, 2):
+            own = self._ranks.pad_across_processes(own, dim=dim)
+        everyone: Tensor = self._ranks.gather(own[None])
+        return everyone.transpose(0, 1)
 
-def _with_reference(batch: Batch, output: PreferenceOutput) -> Batch:
-    """The batch with the reference's log-probs, so that they are not computed again."""
-    return batch if output.ref_logps is None else {**batch, "ref_logps": output.ref_logps}
+    def _own(self, solution: BatchSolution, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slopes [n, G, K], losses [n, G] and weights [n, G] of this rank; 0 where nothing counts."""
+        columns = torch.cat([solution.slopes, solution.group_losses[:, None], solution.robust.weights[:, None]], dim=1)
+        spread = columns.new_zeros(*real.shape, columns.shape[1])
+        spread[real] = columns
+        own = spread[:, self._ranks.process_index]
+        return own[..., :-2], own[..., -2], own[..., -1]

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from robust_dpo.output import PreferenceOutput
+from robust_dpo.window.table import GroupTable
 
 Batch = dict[str, Any]
 
 
 class Forward(Protocol):
-    """Runs a micro-batch: by the objective of the run, or where there are `coefficients` [G], by Σ coefficients·ℓ."""
+    """Runs a micro-batch: by the objective of the run, or where there are `slopes` [S], by Σ slopes·logp."""
 
-    def __call__(self, model: nn.Module, batch: Batch, coefficients: Tensor | None = None) -> PreferenceOutput: ...
+    def __call__(self, model: nn.Module, batch: Batch, slopes: Tensor | None = None) -> PreferenceOutput: ...
 
 
 class Look(Protocol):
-    """Runs a micro-batch for its group losses and log-probs: no gradient, no dropout, `loss` without meaning."""
+    """Runs a micro-batch for its log-probs: no gradient, no dropout."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> PreferenceOutput: ...
+    def __call__(self, model: nn.Module, batch: Batch) -> GroupTable: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class WindowSolution:
         max_weight: [] largest q.
         parameter: [] robustness in force.
         weights: [n] q of this rank's groups, in the order of its micro-batches.
+        terms: [] each, what was added to the aggregation over groups, by the name that it is logged under.
     """
 
     value: Tensor
@@ -55,6 +57,7 @@ class WindowSolution:
     max_weight: Tensor
     parameter: Tensor
     weights: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

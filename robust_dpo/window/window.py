@@ -10,9 +10,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from robust_dpo.errors import type_error
-from robust_dpo.robust import ExponentialTilt, RobustObjective
+from robust_dpo.robust import ExponentialTilt
 from robust_dpo.window.alone import Alone
+from robust_dpo.window.in_one import InOne
+from robust_dpo.window.objective import BatchObjective
 from robust_dpo.window.one_pass import OnePass
+from robust_dpo.window.ranks import OneRank
 from robust_dpo.window.real_groups import first_seen, kept
 from robust_dpo.window.route import RoutePlan
 from robust_dpo.window.two_pass import TwoPass
@@ -22,21 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 def make_weighting(
-    plan: RoutePlan,
-    objective: RobustObjective,
-    forward: Forward,
-    look: Look,
-    accelerator: Accelerator,
-    *,
-    calibrated: bool,
+    plan: RoutePlan, objective: BatchObjective, forward: Forward, look: Look, accelerator: Accelerator
 ) -> Weighting:
     """The route that was planned."""
-    if plan.kind == "micro_batch":
-        return Alone(forward)
     if plan.kind == "one_pass":
-        assert isinstance(objective, ExponentialTilt)
-        return OnePass(objective, forward, accelerator)
-    return TwoPass(objective, forward, look, accelerator, calibrated=calibrated)
+        assert isinstance(objective.robust, ExponentialTilt)
+        return OnePass(objective.robust, forward, accelerator)
+    if plan.kind == "two_pass":
+        return TwoPass(objective, forward, look, accelerator)
+    if plan.kind == "in_one":
+        return InOne(forward)
+    return Alone(TwoPass(objective, forward, look, OneRank()) if objective.adds_terms else InOne(forward))
 
 
 class AccumulationWindow:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from test_window.toy import FEATURES, Policy, cut, make_batch, make_window, train_step, whole
 from torch.utils.data import BatchSampler
 
-from robust_dpo.robust import KLRobust
-from robust_dpo.window import plan_route, refuse_split_model, refuse_unknown_groups
+from robust_dpo.losses import resolve
+from robust_dpo.robust import KLRobust, RobustObjective
+from robust_dpo.window import BatchObjective, plan_route, refuse_split_model, refuse_unknown_groups
 from robust_dpo.window.real_groups import first_seen, kept
 
 
@@ -108,30 +109,43 @@ def test_a_window_that_was_left_leaves_no_gradient(route: str) -> None:
 class _Engine:
     """What the choice of a route sees of an accelerator."""
 
-    def __init__(self, distributed_type: str = "MULTI_GPU", scaler: object = None, **options: Any) -> None:
-        self.distributed_type, self.scaler = distributed_type, scaler
+    def __init__(
+        self, distributed_type: str = "MULTI_GPU", scaler: object = None, num_processes: int = 2, **options: Any
+    ) -> None:
+        self.distributed_type, self.scaler, self.num_processes = distributed_type, scaler, num_processes
         self.gradient_state = type("State", (), {"plugin_kwargs": options})()
+
+
+def _objective(robust: RobustObjective, sft_weight: float = 0.0) -> BatchObjective:
+    return BatchObjective(resolve("sigmoid"), robust, sft_weight)
+
+
+BALL = _objective(KLRobust(radius=0.1))
+TILT = _objective(KLRobust())
 
 
 @pytest.mark.parametrize(
     ("objective", "engine", "micro_batches", "kind", "reason"),
     [
-        (KLRobust(), _Engine(), 4, "one_pass", ""),
-        (KLRobust(radius=0.1), _Engine(), 1, "two_pass", "coupled by more than one normaliser"),
-        (KLRobust(), _Engine("DEEPSPEED"), 4, "two_pass", "DeepSpeed takes the gradients"),
-        (KLRobust(), _Engine("DEEPSPEED"), 1, "one_pass", ""),
-        (KLRobust(), _Engine("FSDP"), 2, "two_pass", "FSDP keeps the gradients"),
-        (KLRobust(), _Engine("FSDP"), 1, "one_pass", ""),
-        (KLRobust(), _Engine(sync_each_batch=True), 2, "two_pass", "sync_each_batch"),
-        (KLRobust(), _Engine(scaler=object()), 2, "two_pass", "activations in fp16"),
-        (KLRobust(), _Engine(scaler=object()), 1, "one_pass", ""),
+        (TILT, _Engine(), 4, "one_pass", ""),
+        (BALL, _Engine(), 1, "two_pass", "coupled by more than one normaliser"),
+        (BALL, _Engine(num_processes=1), 2, "two_pass", "coupled by more than one normaliser"),
+        (BALL, _Engine(num_processes=1), 1, "in_one", ""),
+        (_objective(KLRobust(), 0.1), _Engine(num_processes=1), 1, "two_pass", "a scale of its own"),
+        (TILT, _Engine("DEEPSPEED"), 4, "two_pass", "DeepSpeed takes the gradients"),
+        (TILT, _Engine("DEEPSPEED"), 1, "one_pass", ""),
+        (TILT, _Engine("FSDP"), 2, "two_pass", "FSDP keeps the gradients"),
+        (TILT, _Engine("FSDP"), 1, "one_pass", ""),
+        (TILT, _Engine(sync_each_batch=True), 2, "two_pass", "sync_each_batch"),
+        (TILT, _Engine(scaler=object()), 2, "two_pass", "activations in fp16"),
+        (TILT, _Engine(scaler=object()), 1, "one_pass", ""),
     ],
     ids=[
-        *("tilt", "radius", "deepspeed", "deepspeed-one", "fsdp", "fsdp-one", "sync-each-batch"),
-        *("fp16-scaler", "fp16-scaler-one"),
+        *("tilt", "radius", "radius-accumulated", "radius-in-one", "sft", "deepspeed", "deepspeed-one"),
+        *("fsdp", "fsdp-one", "sync-each-batch", "fp16-scaler", "fp16-scaler-one"),
     ],
 )
-def test_route(objective: KLRobust, engine: Any, micro_batches: int, kind: str, reason: str) -> None:
+def test_route(objective: BatchObjective, engine: Any, micro_batches: int, kind: str, reason: str) -> None:
     options = {"accelerator": engine, "micro_batches": micro_batches, "sharded": False}
     plan = plan_route(objective, "global_batch", "auto", **options)
     assert plan.kind == kind
@@ -146,7 +160,7 @@ def test_route(objective: KLRobust, engine: Any, micro_batches: int, kind: str, 
 
 
 def test_a_model_that_somebody_else_has_sharded_takes_two_passes() -> None:
-    plan = plan_route(KLRobust(), "global_batch", "auto", accelerator=_Engine(), micro_batches=2, sharded=True)
+    plan = plan_route(TILT, "global_batch", "auto", accelerator=_Engine(), micro_batches=2, sharded=True)
     assert plan.kind == "two_pass" and "FSDP" in plan.reason
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_window.toy import FEATURES, Policy, cut, make_batch, make_window, train_step, whole
+from test_window.toy import FEATURES, Policy, cut, lengths_of, make_batch, make_window, train_step, whole
 
 from robust_dpo.robust import DrDPO, ExponentialTilt, KLRobust, Mean, RobustObjective
 from robust_dpo.window.gradients import room_to_grow, scale, scale_where_needed
@@ -59,6 +59,34 @@ def test_two_passes_give_the_gradient_of_what_has_no_normaliser(
     objective: RobustObjective, window: tuple[list[int], list[int]], spread: float
 ) -> None:
     check(objective, "two_pass", *window, spread)
+
+
+@settings(max_examples=25)
+@given(window=windows(), sft_weight=st.sampled_from([0.01, 1.0, 100.0]))
+@pytest.mark.parametrize("objective", [KLRobust(lam=0.3), KLRobust(radius=0.2), Mean()], ids=lambda each: each.key)
+def test_a_likelihood_term_is_a_mean_over_the_tokens_of_the_whole(
+    objective: RobustObjective, window: tuple[list[int], list[int]], sft_weight: float
+) -> None:
+    groups, counts = window
+    batch, model = make_batch(groups), Policy(torch.randn(FEATURES, dtype=torch.float64))
+    solution, gradient = whole(objective, model, batch, sft_weight=sft_weight)
+    weighed = train_step(make_window(objective, "two_pass", sft_weight=sft_weight), model, cut(batch, counts))
+    torch.testing.assert_close(model.weights.grad, gradient, rtol=1e-9, atol=1e-9 * float(gradient.abs().max()))
+    torch.testing.assert_close(weighed.solution.weights, solution.weights)
+    first = [sum(groups[:index]) for index in range(len(groups))]
+    logps, tokens = batch["input_ids"][first] @ model.weights.detach(), lengths_of(batch)[first]
+    nll = -logps.sum() / tokens.sum()
+    torch.testing.assert_close(weighed.solution.terms["nll_loss"], nll)
+    torch.testing.assert_close(weighed.solution.value, solution.value + sft_weight * nll)
+
+
+def test_each_micro_batch_alone_has_a_likelihood_term_of_its_own() -> None:
+    objective, batch = KLRobust(lam=0.1), make_batch([2, 3, 2, 1, 2])
+    model = Policy(torch.randn(FEATURES, dtype=torch.float64))
+    parts = cut(batch, [3, 2])
+    train_step(make_window(objective, "micro_batch", sft_weight=0.5), model, parts)
+    alone = [whole(objective, model, part, sft_weight=0.5)[1] for part in parts]
+    torch.testing.assert_close(model.weights.grad, (alone[0] + alone[1]) / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

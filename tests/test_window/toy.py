@@ -9,11 +9,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from robust_dpo.groups import GroupLayout
+from robust_dpo.groups import Groups
+from robust_dpo.losses import resolve
+from robust_dpo.losses.linear import LINEAR
 from robust_dpo.ops import preference_loss
 from robust_dpo.output import PreferenceOutput
-from robust_dpo.robust import Mean, RobustObjective
-from robust_dpo.window import AccumulationWindow, RoutePlan, make_weighting
+from robust_dpo.robust import RobustObjective
+from robust_dpo.window import (
+    AccumulationWindow,
+    BatchObjective,
+    GroupTable,
+    RoutePlan,
+    batch_layout,
+    make_weighting,
+)
 
 Batch = dict[str, Any]
 BETA = 0.1
@@ -52,33 +61,49 @@ def cut(batch: Batch, counts: list[int]) -> list[Batch]:
     return parts
 
 
-def make_forward(objective: RobustObjective, *, calibrated: bool) -> Callable[..., PreferenceOutput]:
-    def forward(model: nn.Module, batch: Batch, coefficients: Tensor | None = None) -> PreferenceOutput:
-        robust, calibration = objective, batch["calibration"] if calibrated else None
-        if coefficients is not None:
-            robust, calibration = Mean(), coefficients * len(coefficients)
-        logps = model(batch["input_ids"])
+def make_forward(objective: BatchObjective, *, calibrated: bool) -> Callable[..., PreferenceOutput]:
+    def forward(model: nn.Module, batch: Batch, slopes: Tensor | None = None) -> PreferenceOutput:
+        logps, sizes = model(batch["input_ids"]), batch["group_sizes"]
+        ref_logps, calibration = torch.zeros_like(logps), batch["calibration"] if calibrated else None
+        if slopes is not None:
+            scores = slopes * len(sizes)
+            return preference_loss(logps, ref_logps, group_sizes=sizes, loss=LINEAR, scores=scores)
         return preference_loss(
-            logps,
-            torch.zeros_like(logps),
-            group_sizes=batch["group_sizes"],
-            beta=BETA,
-            robust=robust,
+            *(logps, ref_logps),
+            group_sizes=sizes,
+            loss=objective.loss,
+            robust=objective.robust,
             calibration=calibration,
         )
 
     return forward
 
 
-def make_window(objective: RobustObjective, route: str, *, calibrated: bool = True) -> AccumulationWindow:
+def make_look(*, calibrated: bool) -> Callable[..., GroupTable]:
+    def look(model: nn.Module, batch: Batch) -> GroupTable:
+        logps = model(batch["input_ids"]).detach()
+        layout = batch_layout(batch["group_sizes"], logps.device)
+        padded = layout.pad(logps)
+        # Responses of different length.
+        lengths = layout.pad(lengths_of(batch).to(logps.dtype), fill=1.0)
+        groups = Groups(padded, lengths, layout.mask, torch.zeros_like(padded))
+        return GroupTable(groups, batch["calibration"] if calibrated else None)
+
+    return look
+
+
+def lengths_of(batch: Batch) -> Tensor:
+    """[S] made up of the features, so that a part of a batch has its own."""
+    return 1 + (10 * batch["input_ids"][:, 0].abs()).floor()
+
+
+def make_window(
+    robust: RobustObjective, route: str, *, calibrated: bool = True, sft_weight: float = 0.0
+) -> AccumulationWindow:
     accelerator = Accelerator(cpu=True)
-    forward = make_forward(objective, calibrated=calibrated)
-
-    def look(model: nn.Module, batch: Batch) -> PreferenceOutput:
-        with torch.no_grad():
-            return forward(model, batch, torch.ones(len(batch["group_sizes"]), dtype=batch["calibration"].dtype))
-
-    weighting = make_weighting(RoutePlan(route), objective, forward, look, accelerator, calibrated=calibrated)
+    objective = BatchObjective(resolve("sigmoid", BETA), robust, sft_weight)
+    forward, look = make_forward(objective, calibrated=calibrated), make_look(calibrated=calibrated)
+    weighting = make_weighting(RoutePlan(route), objective, forward, look, accelerator)
     return AccumulationWindow(weighting, accelerator, lambda batch: batch, drop_last=False)
 
 
@@ -91,18 +116,23 @@ def train_step(window: AccumulationWindow, model: nn.Module, batches: list[Batch
     return weighed
 
 
-def whole(objective: RobustObjective, model: Policy, batch: Batch, *, calibrated: bool = True) -> tuple[Any, Tensor]:
-    """The solution over all groups, in float64 by the plain formula, and its gradient."""
+def whole(
+    objective: RobustObjective, model: Policy, batch: Batch, *, calibrated: bool = True, sft_weight: float = 0.0
+) -> tuple[Any, Tensor]:
+    """The solution over all groups, in float64 by the plain formula, and the gradient of it and the SFT term."""
     weights = model.weights.detach().double().requires_grad_()
     logps = batch["input_ids"].double() @ weights
-    layout = GroupLayout.build(len(logps), 1, batch["group_sizes"], logps.device)
     # Best first: the winner of every strictly ranked pair of a group, averaged over its pairs.
-    padded = layout.pad(logps)
-    losses = []
-    for row, size in zip(padded, batch["group_sizes"].tolist(), strict=True):
+    losses, best_logp, best_tokens = [], logps.new_zeros(()), 0.0
+    start = 0
+    for size in batch["group_sizes"].tolist():
+        row = logps[start : start + size]
         pairs = [-nn.functional.logsigmoid(BETA * (row[i] - row[j])) for i in range(size) for j in range(i + 1, size)]
         losses.append(torch.stack(pairs).mean() if pairs else row.sum() * 0)
+        best_logp, best_tokens = best_logp + row[0], best_tokens + float(lengths_of(batch)[start])
+        start += size
     losses = torch.stack(losses)
     solution = objective.solve(losses, batch["calibration"].double() if calibrated else None)
-    (gradient,) = torch.autograd.grad((solution.coefficients * losses).sum(), weights)
+    total = (solution.coefficients * losses).sum() - sft_weight * best_logp / best_tokens
+    (gradient,) = torch.autograd.grad(total, weights)
     return solution, gradient

@@ -1,0 +1,71 @@
+"""Losses and metrics of an evaluation, from the log-probs of all of its groups together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.trainer_pt_utils import nested_concat
+
+from robust_dpo.trainer.metrics import (
+    GROUP_METRICS,
+    group_metrics,
+    known_means,
+    logp_accuracies,
+    robust_metrics,
+)
+from robust_dpo.window import BatchObjective, GroupTable
+
+GroupsArray = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Metrics by name, and a table of the groups: loss, calibration, GROUP_METRICS, LOGP_ACCURACIES."""
+
+    metrics: dict[str, float]
+    table: NDArray[np.float64]
+
+
+def evaluate_groups(
+    predictions: GroupsArray | Sequence[GroupsArray],
+    like: GroupTable,
+    objective: BatchObjective,
+    *,
+    reward_beta: float,
+    weighs_groups: bool,
+) -> EvaluationResult:
+    """The objective over a whole data set as one batch, so that it does not depend on the batch size.
+
+    Args:
+        predictions: [G, K, C] tables of its groups, in one array or in several of different K.
+        like: a table that says which columns are in use.
+        objective: what is minimised in training.
+        reward_beta: scale of the rewards.
+        weighs_groups: whether the objective is no plain mean.
+    """
+    if not isinstance(predictions, np.ndarray):
+        first, *others = predictions
+        for other in others:
+            first = nested_concat(first, other)
+        predictions = first
+    table = like.of_tensor(torch.from_numpy(predictions))
+    solution = objective.solve(table)
+    columns = [group_metrics(table.groups, reward_beta), logp_accuracies(table.groups)]
+    calibration = torch.ones_like(solution.group_losses) if table.calibration is None else table.calibration
+    robust = solution.robust
+    metrics: dict[str, Tensor] = {
+        "loss": solution.value,
+        **solution.terms,
+        **known_means(dict(zip(GROUP_METRICS, columns[0].unbind(1), strict=True))),
+        **robust_metrics(robust.weights.amax(), robust.ess, robust.parameter if weighs_groups else None),
+    }
+    own = torch.stack([solution.group_losses, calibration], dim=1)
+    return EvaluationResult(
+        {name: float(value) for name, value in metrics.items()}, torch.cat([own, *columns], dim=1).double().numpy()
+    )

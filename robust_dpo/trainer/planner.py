@@ -1,0 +1,77 @@
+"""How a model is run: its head fused or not, its batches packed or padded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from torch import nn
+
+from robust_dpo.errors import argument_error
+from robust_dpo.layout import LayoutPlan, plan_layout
+from robust_dpo.trainer.config import RobustDPOConfig
+from robust_dpo.trainer.head import LogitTransform
+from robust_dpo.trainer.scoring import SequenceScorer
+from robust_dpo.trainer.self_check import HeadCheck, check_head
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScorerPlanner:
+    """Tries models before they are trained, where the set-up lets it.
+
+    Args:
+        args: of the run.
+        accelerator: of the run.
+        sharded: ranks hold parts of the model (FSDP, DeepSpeed, or sharded when it was loaded).
+    """
+
+    args: RobustDPOConfig
+    accelerator: Accelerator
+    sharded: bool
+
+    def scorer(self, model: nn.Module, name: str, *, trains: bool) -> SequenceScorer:
+        """Runs `model`, which messages call `name`.
+
+        Raises:
+            ValueError: `head_route` or `layout` asks for what the model cannot take.
+        """
+        return SequenceScorer(self._check_head(model, name), self.args.backend, self._plan_layout(model, name, trains))
+
+    def _plan_layout(self, model: nn.Module, name: str, trains: bool) -> LayoutPlan:
+        args = self.args
+        if args.torch_compile:
+            plan = LayoutPlan("padded", reason="torch_compile compiles the model's own attention")
+        elif self.sharded:
+            plan = LayoutPlan("padded", reason="a sharded model is not tried beforehand")
+        elif args.n_gpu > 1:
+            plan = LayoutPlan("padded", reason="DataParallel cuts batches by rows; start with torchrun to pack them")
+        else:
+            attention, row_tokens = args.layout_attention, args.layout_row_tokens
+            with self.accelerator.autocast():
+                plan = plan_layout(model, args.layout, attention=attention, row_tokens=row_tokens, trains=trains)
+        if plan.reason and args.layout in ("group", "packed"):
+            raise argument_error("layout", f"'auto' or 'padded' for {name}: {plan.reason}", repr(args.layout))
+        if plan.reason and args.layout == "auto":
+            logger.warning("%s: responses do not share their prompt, which costs time: %s", name, plan.reason)
+        return plan
+
+    def _check_head(self, model: nn.Module, name: str) -> HeadCheck:
+        args = self.args
+        if args.head_route == "logits":
+            return HeadCheck(None, LogitTransform(), "head_route='logits'")
+        if args.torch_compile:
+            check = HeadCheck(None, LogitTransform(), "torch_compile compiles the model's own head")
+        elif self.sharded:
+            check = HeadCheck(None, LogitTransform(), "its weight is sharded")
+        elif args.n_gpu > 1:
+            check = HeadCheck(None, LogitTransform(), "DataParallel runs copies of it; start with torchrun to fuse it")
+        else:
+            check = check_head(model)
+        if check.head is None:
+            if args.head_route == "fused":
+                raise argument_error("head_route", f"'auto' or 'logits', for {name}: {check.reason}", "'fused'")
+            logger.warning("%s: the head is not fused with the loss, which costs memory: %s", name, check.reason)
+        return check

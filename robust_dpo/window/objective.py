@@ -1,0 +1,77 @@
+"""The objective of a global batch as a function of its log-probs, and its slope in each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from robust_dpo.groups import Groups
+from robust_dpo.losses import BoundLoss
+from robust_dpo.robust import RobustObjective, Solution
+from robust_dpo.window.table import GroupTable
+
+
+@dataclass(frozen=True)
+class BatchSolution:
+    """A solved batch; all detached.
+
+    Args:
+        value: [] what is minimised.
+        robust: the aggregation of the group losses, which may be a part of it.
+        group_losses: [G] ℓ.
+        slopes: [G, K] ∂value/∂logp, 0 where there is no response.
+        terms: [] each, what is added to the aggregation, by the name that it is logged under.
+    """
+
+    value: Tensor
+    robust: Solution
+    group_losses: Tensor
+    slopes: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BatchObjective:
+    """What is minimised: the worst case over group losses, and a likelihood term beside it.
+
+    Args:
+        loss: of a group.
+        robust: the aggregation.
+        sft_weight: ≥ 0, times the negative log-likelihood of the best response of each group, a mean over their tokens:
+            w · Σ_g −S_g / Σ_g |y_g|. It has no part in the worst case, and no calibration.
+    """
+
+    loss: BoundLoss
+    robust: RobustObjective
+    sft_weight: float = 0.0
+
+    @property
+    def adds_terms(self) -> bool:
+        """Whether there is more to it than the aggregation."""
+        return self.sft_weight > 0
+
+    def solve(self, table: GroupTable) -> BatchSolution:
+        """Value and slopes, by autograd on these few numbers: any differentiable loss of any groups will do."""
+        with torch.enable_grad():
+            logps = table.groups.logps.detach().requires_grad_()
+            groups = replace(table.groups, logps=logps)
+            losses = self.loss(groups)
+            robust = self.robust.solve(losses, table.calibration)
+            value, terms = robust.attach(losses), {}
+            if self.adds_terms:
+                terms["nll_loss"] = best_nll(groups)
+                value = value + self.sft_weight * terms["nll_loss"]
+            slopes = torch.zeros_like(logps)
+            if value.requires_grad:
+                (slopes,) = torch.autograd.grad(value, logps, allow_unused=True, materialize_grads=True)
+        known = {name: term.detach() for name, term in terms.items()}
+        return BatchSolution(value.detach(), robust, losses.detach(), slopes, known)
+
+
+def best_nll(groups: Groups) -> Tensor:
+    """[] negative log-likelihood per token of the best responses of all groups together, nats."""
+    best = groups.order[:, :1]
+    return -groups.logps.gather(1, best).sum() / groups.lengths.gather(1, best).sum()

@@ -1,0 +1,34 @@
+"""The ranks that a route spans."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Ranks(Protocol):
+    """What a route asks of them; `accelerate.Accelerator` answers for all ranks of a run."""
+
+    @property
+    def num_processes(self) -> int: ...
+
+    @property
+    def process_index(self) -> int: ...
+
+    def gather(self, tensor: Any) -> Any: ...
+
+    def pad_across_processes(self, tensor: Any, dim: int = 0) -> Any: ...
+
+
+class OneRank:
+    """A rank by itself, whatever others there are."""
+
+    num_processes = 1
+    process_index = 0
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def pad_across_processes(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        return tensor

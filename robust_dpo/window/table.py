@@ -1,0 +1,68 @@
+"""The groups of a batch as numbers that ranks can exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robust_dpo.groups import GroupLayout, Groups
+from robust_dpo.ops.host import send
+from robust_dpo.ops.precision import exact_dtype
+
+# The first column of a table; 1 where there is a response, and something else in what was padded.
+PRESENT = 0
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """All that the objective of a batch depends on; detached.
+
+    Args:
+        groups: the responses of each group.
+        calibration: [G] h, or None where the objective does not use it.
+    """
+
+    groups: Groups
+    calibration: Tensor | None = None
+
+    def to_tensor(self) -> Tensor:
+        """[G, K, 6] exact dtype; what is missing is 0. Groups without scores get those that rank them by position."""
+        groups, none = self.groups, torch.zeros_like(self.groups.logps)
+        columns = (
+            groups.mask,
+            groups.logps,
+            none if groups.ref_logps is None else groups.ref_logps,
+            groups.lengths,
+            groups.quality,
+            none if self.calibration is None else self.calibration[:, None].expand_as(none),
+        )
+        return torch.stack([column.to(exact_dtype(none.device)) for column in columns], dim=-1)
+
+    def of_tensor(self, values: Tensor) -> GroupTable:
+        """The table [G, K, 6] of a larger batch that has what this one has, with any padding along K."""
+        present, logps, ref_logps, lengths, scores, calibration = values.unbind(-1)
+        mask = present == 1
+        groups = Groups(
+            logps=logps.where(mask, 0.0),
+            lengths=lengths.where(mask, 1.0),
+            mask=mask,
+            ref_logps=None if self.groups.ref_logps is None else ref_logps.where(mask, 0.0),
+            scores=scores.where(mask, 0.0),
+        )
+        return GroupTable(groups, None if self.calibration is None else calibration[:, 0])
+
+
+def batch_layout(group_sizes: Tensor, device: torch.device) -> GroupLayout:
+    """The layout of a collated batch, for vectors on `device`. Reads nothing from it where the sizes are on the CPU."""
+    sizes = group_sizes.tolist()
+    return GroupLayout.ragged(send(sizes, device), max(sizes), sum(sizes))
+
+
+def padded_alike(tables: Sequence[Tensor]) -> Tensor:
+    """[n, G, K, C] of n tables [G, K, C] of different numbers of groups and responses, 0 where there is nothing."""
+    most, widest = (max(table.shape[dim] for table in tables) for dim in (0, 1))
+    room = [(0, 0, 0, widest - table.shape[1], 0, most - table.shape[0]) for table in tables]
+    return torch.stack([nn.functional.pad(table, pad) for table, pad in zip(tables, room, strict=True)])
