@@ -49,9 +49,13 @@ class ExpertLoad:
 
 
 def load_balancing_loss(load: ExpertLoad) -> Tensor:
-    """[] aux, from top_k for an even load to E; differentiable in `probability`. NaN where there was no token."""
-    experts = load.chosen.shape[-1]
-    return experts * (load.chosen * load.probability).sum(-1) / load.tokens.square()
+    """[] aux of the load [] of a whole batch: top_k where it is even, up to E. NaN where there was no token."""
+    return (load_slopes(load) * load.probability).sum()
+
+
+def load_slopes(load: ExpertLoad) -> Tensor:
+    """[E] ∂aux/∂probability of the load [] of a whole batch."""
+    return len(load.chosen) * load.chosen / load.tokens.square()
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ class RouterPass:
         """[] Σ_e slopes_e · (sum of the probabilities of expert e over the tokens), differentiable in the logits.
 
         Args:
-            slopes: [E] ∂aux/∂probability of the whole batch, times whatever aux is multiplied with. Then the values of
-                all parts of the batch add up to aux, and the gradients to its gradient.
+            slopes: [E] `load_slopes` of the whole batch, times whatever aux is multiplied with. Then the values of all
+                parts of the batch add up to aux, and the gradients to its gradient.
         """
         real = self.owners < self.groups
         total = torch.zeros((), device=self.owners.device)

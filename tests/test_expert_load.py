@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from robust_dpo.expert_load import ExpertLoad, RouterPass, load_balancing_loss
+from robust_dpo.expert_load import ExpertLoad, RouterPass, load_balancing_loss, load_slopes
 
 GROUPS = 5
 
@@ -26,14 +26,6 @@ def _pass(
         [torch.arange(GROUPS + 1), torch.randint(GROUPS + 1, (places - GROUPS - 1,), generator=generator)]
     )
     return RouterPass(tuple(each.requires_grad_() for each in logits.unbind()), owners, GROUPS, top_k)
-
-
-def _slopes(load: ExpertLoad) -> Tensor:
-    """[E] ∂aux/∂probability of a whole batch."""
-    probability = load.probability.detach().requires_grad_()
-    aux = load_balancing_loss(ExpertLoad(load.chosen, probability, load.tokens))
-    (slopes,) = torch.autograd.grad(aux, probability)
-    return slopes
 
 
 def _by_the_formula(logits: Tensor, real: Tensor, top_k: int) -> Tensor:
@@ -51,7 +43,7 @@ def test_value_and_gradient_are_those_of_transformers(top_k: int, scale: float) 
     theirs = load_balancing_loss_func(routers.logits, 7, top_k, real[None].long())
     formula = _by_the_formula(torch.stack(routers.logits), real, top_k)
     load = routers.load().total()
-    ours = routers.weighted(_slopes(load))
+    ours = routers.weighted(load_slopes(load))
     # transformers adds up in float32.
     assert float(load_balancing_loss(load)) == pytest.approx(float(theirs.detach()), rel=1e-5)
     torch.testing.assert_close(load_balancing_loss(load), formula.detach())
@@ -89,7 +81,7 @@ def test_parts_add_up_to_the_whole(seed: int, parts: int) -> None:
     load = whole.load()
     table = sum(each.load().to_tensor() for each in cut)
     torch.testing.assert_close(ExpertLoad.of_tensor(table).to_tensor(), load.to_tensor())
-    slopes = _slopes(ExpertLoad.of_tensor(table).total())
+    slopes = load_slopes(ExpertLoad.of_tensor(table).total())
     aux = _by_the_formula(torch.stack(whole.logits), whole.owners < GROUPS, whole.top_k)
     together = sum(each.weighted(slopes) for each in cut)
     torch.testing.assert_close(together, aux)
@@ -129,7 +121,7 @@ def test_loads_of_groups() -> None:
 def test_what_stands_where_no_token_is_has_no_part() -> None:
     routers = _pass()
     empty = routers.owners == GROUPS
-    slopes = _slopes(routers.load().total())
+    slopes = load_slopes(routers.load().total())
     poisoned = RouterPass(
         tuple(each.masked_fill(empty[:, None], float("nan")) for each in routers.logits), routers.owners, GROUPS, 2
     )
@@ -144,6 +136,6 @@ def test_half_precision_logits_are_summed_exactly(dtype: torch.dtype) -> None:
     exact = RouterPass(tuple(each.double() for each in half.logits), routers.owners, GROUPS, 2)
     assert torch.equal(half.load().chosen, exact.load().chosen)
     torch.testing.assert_close(half.load().probability, exact.load().probability, rtol=1e-6, atol=0)
-    slopes = _slopes(exact.load().total())
+    slopes = load_slopes(exact.load().total())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert float(half.weighted(slopes)) == pytest.approx(float(exact.weighted(slopes)), rel=1e-6)

@@ -34,6 +34,7 @@ class TwoPass:
         self._window: Sequence[MicroBatch] = ()
         self._slopes: list[Tensor] = []
         self._losses: list[Tensor] = []
+        self._load_slopes: Tensor | None = None
         self._factor: Tensor | None = None
         self._solution: WindowSolution | None = None
 
@@ -51,6 +52,7 @@ class TwoPass:
         sizes = [layout.num_groups for layout in layouts]
         known = slopes.where(usable, 0.0)
         self._slopes = [layout.unpad(part) for layout, part in zip(layouts, known, strict=True)]
+        self._load_slopes = solution.load_slopes
         self._losses = [part[:size] for part, size in zip(losses, sizes, strict=True)]
         counted = [part[:size] for part, size, each in zip(weights, sizes, window, strict=True) if each.counts]
         self._solution = WindowSolution(
@@ -71,7 +73,7 @@ class TwoPass:
     def run(self, model: nn.Module, batch: Batch, place: int) -> Weighed:
         assert self._factor is not None
         slopes, losses = self._slopes[place], self._losses[place]
-        output = self._forward(model, batch, slopes)
+        output = self._forward(model, batch, slopes, self._load_slopes)
         # Those of the objective, in place of what stood in for them.
         output = replace(output, group_losses=losses.to(output.group_losses.dtype))
         solution = self._solution if place == len(self._window) - 1 else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from robust_dpo.data import PreferenceCollator
-from robust_dpo.expert_load import RouterPass, load_balancing_loss
+from robust_dpo.expert_load import RouterPass, load_balancing_loss, load_slopes
 from robust_dpo.layout import plan_layout
 from robust_dpo.trainer.router import RouterLoss, plan_router_loss
 from robust_dpo.trainer.scoring import SequenceScorer
@@ -107,7 +107,7 @@ def test_padded_batches_have_the_aux_loss_of_the_model(family: str) -> None:
     layers = sum(1 for _ in output.router_logits)
     assert float(load.tokens) == layers * int(batch["attention_mask"].sum())
     torch.testing.assert_close(load_balancing_loss(load).float(), output.aux_loss.detach(), rtol=1e-5, atol=0)
-    slopes = 4 * load.chosen / load.tokens.square()
+    slopes = load_slopes(load)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ours, theirs = (
         torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
