@@ -72,12 +72,14 @@ class TwoPass:
 
     def run(self, model: nn.Module, batch: Batch, place: int) -> Weighed:
         assert self._factor is not None
-        slopes, losses = self._slopes[place], self._losses[place]
-        output = self._forward(model, batch, slopes, self._load_slopes)
+        slopes, losses, counts = self._slopes[place], self._losses[place], self._window[place].counts
+        # The same for all tokens, so that those without weight have to be told.
+        load_slopes = None if self._load_slopes is None else self._load_slopes * counts
+        output = self._forward(model, batch, slopes, load_slopes)
         # Those of the objective, in place of what stood in for them.
         output = replace(output, group_losses=losses.to(output.group_losses.dtype))
         solution = self._solution if place == len(self._window) - 1 else None
-        return Weighed(output.loss * self._factor.to(output.loss), output, self._window[place].counts, solution)
+        return Weighed(output.loss * self._factor.to(output.loss), output, counts, solution)
 
     def _everyone(self, tables: Sequence[GroupTable]) -> Tensor:
         """[n, ranks, G, K, C]: micro-batch before rank, the order in which the sampler dealt the groups.

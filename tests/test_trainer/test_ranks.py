@@ -26,6 +26,15 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dora-lora": (12, {"rows": "pairs", "options": DORA, "lora": True}),
     "dora-tied": (12, {"rows": "pairs", "options": DORA, "model": "tied"}),
     "two-pass": (12, {"rows": "pairs", "options": {**DORA, "robust_route": "two_pass"}}),
+    "experts": (12, {"rows": "pairs", "options": {**DORA, "router_aux_loss_coef": 0.3}, "model": "experts"}),
+    "uneven-experts": (
+        4,
+        {
+            "rows": "uneven",
+            "options": {"mode": "dro", "lam": 0.05, "num_train_epochs": 2, "router_aux_loss_coef": 0.3},
+            "model": "experts",
+        },
+    ),
     "radius": (12, {"rows": "pairs", "options": {"mode": "dora", "radius": 0.1, "max_steps": 3}}),
     # Two epochs of 13 groups, whose last step has but 1 or 5 of them: a rank has nothing that counts.
     "uneven": (4, {"rows": "uneven", "options": {"mode": "dro", "lam": 0.05, "num_train_epochs": 2}}),
@@ -50,9 +59,11 @@ LAYOUTS = {
         ("dora-lora", 3),
         ("dora-tied", 2),
         ("two-pass", 2),
+        ("experts", 2),
         ("radius", 3),
         ("uneven", 1),
         ("uneven", 2),
+        ("uneven-experts", 1),
         ("uneven-two-pass", 2),
         ("uneven-two-pass", 4),
     ],
@@ -85,6 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, module_mode
     folder = tmp_path_factory.mktemp("ranks")
     build_model().save_pretrained(folder / "model")
     build_model("llama-tied").save_pretrained(folder / "tied")
+    build_model("mixtral-experts").save_pretrained(folder / "experts")
     build_model(seed=1).save_pretrained(folder / "reference")
     tokenizer.save_pretrained(folder / "model")
 
