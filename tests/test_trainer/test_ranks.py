@@ -26,7 +26,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dora-lora": (12, {"rows": "pairs", "options": DORA, "lora": True}),
     "dora-tied": (12, {"rows": "pairs", "options": DORA, "model": "tied"}),
     "two-pass": (12, {"rows": "pairs", "options": {**DORA, "robust_route": "two_pass"}}),
-    "experts": (12, {"rows": "pairs", "options": {**DORA, "router_aux_loss_coef": 0.3}, "model": "experts"}),
+    # Packed rows, which FSDP does not take, have fewer tokens whose experts are to be balanced.
+    "experts": (
+        12,
+        {"rows": "pairs", "options": {**DORA, "router_aux_loss_coef": 0.3, "layout": "padded"}, "model": "experts"},
+    ),
     "uneven-experts": (
         4,
         {
@@ -40,15 +44,15 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "uneven": (4, {"rows": "uneven", "options": {"mode": "dro", "lam": 0.05, "num_train_epochs": 2}}),
     "uneven-two-pass": (8, {"rows": "uneven", "options": {"mode": "dro", "radius": 0.1, "num_train_epochs": 2}}),
 }
-# FSDP2 wraps each decoder layer, and the rest of the model around them.
-SHARDED = {
-    "fsdp": True,
-    "fsdp_config": {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-    },
-}
+
+
+def sharded(model: str) -> dict[str, Any]:
+    """FSDP2 that wraps each decoder layer, and the rest of the model around them."""
+    layer = "MixtralDecoderLayer" if model == "experts" else "LlamaDecoderLayer"
+    wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": [layer]}
+    return {"fsdp": True, "fsdp_config": {"version": 2, **wrap}}
+
+
 # engine and ranks: name of a case, and the groups of its micro-batches.
 LAYOUTS = {
     ("ddp", 2): [
@@ -67,7 +71,15 @@ LAYOUTS = {
         ("uneven-two-pass", 2),
         ("uneven-two-pass", 4),
     ],
-    ("fsdp", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("dora-lora", 6), ("radius", 3), ("uneven", 1)],
+    ("fsdp", 2): [
+        ("dora", 6),
+        ("dora", 2),
+        ("dora-tied", 3),
+        ("dora-lora", 6),
+        ("radius", 3),
+        ("uneven", 1),
+        ("experts", 3),
+    ],
     ("ddp", 4): [
         ("dora", 3),
         ("dora", 1),
@@ -83,7 +95,8 @@ def with_layout(name: str, ranks: int, size: int, engine: str = "ddp") -> dict[s
     """The case with micro-batches of `size` groups on each of `ranks`."""
     total, case = CASES[name]
     layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": total // (size * ranks)}
-    return {**case, "options": {**case["options"], **layout, **(SHARDED if engine == "fsdp" else {})}}
+    engine_options = sharded(case.get("model", "")) if engine == "fsdp" else {}
+    return {**case, "options": {**case["options"], **layout, **engine_options}}
 
 
 @pytest.fixture(scope="module")
