@@ -12,6 +12,7 @@ from torch import Tensor
 from robust_dpo.errors import argument_error
 from robust_dpo.expert_load import RouterPass, load_balancing_loss
 from robust_dpo.layout import PackedGroups
+from robust_dpo.ops.host import send
 from robust_dpo.trainer.dropout import evaluating
 
 _ARGUMENT = "router_aux_loss_coef"
@@ -94,8 +95,8 @@ def packed_owners(packed: PackedGroups) -> Tensor:
     owners = packed.group_ids
     if not packed.shared:
         # There a "group" of the layout is one response with its prompt.
-        of_response = torch.arange(groups).repeat_interleave(packed.group_sizes).to(device, non_blocking=True)
-        owners = of_response[owners.clamp(min=0)]
+        of_response = [group for group, size in enumerate(packed.group_sizes.tolist()) for _ in range(size)]
+        owners = send(of_response, device)[owners.clamp(min=0)]
     return owners.where(packed.group_ids >= 0, groups)
 
 

@@ -129,8 +129,9 @@ def test_every_cut_is_the_formula_on_the_global_batch(
         {"robust": "cvar", "robust_options": {"share": 0.5}},
         {"sft_weight": 0.2},
         {"loss_type": "ipo", "mode": "erm"},
+        pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
     ],
-    ids=["group", "packed", "rows-with-gaps", "lora", "logits", "checkpointing", "cvar", "sft", "ipo"],
+    ids=["group", "packed", "rows-with-gaps", "lora", "logits", "checkpointing", "cvar", "sft", "ipo", "compiled"],
 )
 def test_cuts_agree_whatever_is_trained(options: dict[str, Any], train: Any) -> None:
     ends, logs = [], []
