@@ -209,8 +209,8 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
-def model_output(model: nn.Module, groups: PackedGroups, plan: LayoutPlan) -> Any:
-    """What a model gives for packed groups on its device; a gradient may flow."""
+def model_output(model: nn.Module, groups: PackedGroups, plan: LayoutPlan, **options: Any) -> Any:
+    """What a model gives for packed groups on its device, with further options of its own; a gradient may flow."""
     assert plan.attention is not None
     with attending(model, plan.attention, groups):
         return model(
@@ -219,6 +219,7 @@ def model_output(model: nn.Module, groups: PackedGroups, plan: LayoutPlan) -> An
             # Says that nothing is hidden by padding; without it transformers would look for sequences in the positions.
             attention_mask=torch.ones_like(groups.input_ids),
             use_cache=False,
+            **options,
         )
 
 

@@ -116,6 +116,14 @@ class RobustDPOConfig(TrainingArguments):
         },
     )
 
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Add this times the loss that balances the load of a model's experts, over all tokens of the "
+            "global batch. Default: the model's own where its configuration has output_router_logits=True, else 0."
+        },
+    )
+
     mode: str = field(
         default="dro",
         metadata={"help": "What is minimised over the groups of a batch.", "choices": list(MODES)},
@@ -207,6 +215,8 @@ class RobustDPOConfig(TrainingArguments):
         check_backend(self.backend, self.device)
         self._check_counts()
         self.sft_weight = check_number("sft_weight", self.sft_weight, NON_NEGATIVE)
+        if self.router_aux_loss_coef is not None:
+            self.router_aux_loss_coef = check_number("router_aux_loss_coef", self.router_aux_loss_coef, NON_NEGATIVE)
         for name in OPTION_FIELDS:
             if getattr(self, name) is None:
                 setattr(self, name, {})

@@ -13,6 +13,7 @@ from robust_dpo.layout import LayoutPlan, plan_layout
 from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.head import LogitTransform
 from robust_dpo.trainer.models import has_sharded_parameters
+from robust_dpo.trainer.router import RouterLoss, plan_router_loss
 from robust_dpo.trainer.scoring import SequenceScorer
 from robust_dpo.trainer.self_check import HeadCheck, check_head
 
@@ -37,9 +38,19 @@ class ScorerPlanner:
         """Runs `model`, which messages call `name`.
 
         Raises:
-            ValueError: `head_route` or `layout` asks for what the model cannot take.
+            ValueError: `head_route`, `layout` or `router_aux_loss_coef` asks for what the model cannot take.
         """
-        return SequenceScorer(self._check_head(model, name), self.args.backend, self._plan_layout(model, name, trains))
+        check, layout = self._check_head(model, name), self._plan_layout(model, name, trains)
+        return SequenceScorer(check, self.args.backend, layout, self._router(model) if trains else None)
+
+    def _router(self, model: nn.Module) -> RouterLoss | None:
+        args = self.args
+        loss = plan_router_loss(model, args.router_aux_loss_coef, trial=not self.is_sharded(model))
+        options = args.gradient_checkpointing_kwargs or {}
+        if loss is not None and args.gradient_checkpointing and options.get("use_reentrant"):
+            expected = "use_reentrant=False, without which a model's router logits carry no gradient"
+            raise argument_error("gradient_checkpointing_kwargs", expected, options)
+        return loss
 
     def is_sharded(self, model: nn.Module) -> bool:
         """Whether ranks hold parts of the parameters of `model`: from when it was loaded, or soon."""
@@ -50,9 +61,7 @@ class ScorerPlanner:
         if args.torch_compile:
             plan = LayoutPlan("padded", reason="torch_compile compiles the model's own attention")
         elif self.is_sharded(model):
-            plan = LayoutPlan(
-                "padded", reason="ranks hold parts of it (FSDP, DeepSpeed), and it is not tried before"
-            )
+            plan = LayoutPlan("padded", reason="ranks hold parts of it (FSDP, DeepSpeed), and it is not tried before")
         elif args.n_gpu > 1:
             plan = LayoutPlan("padded", reason="DataParallel cuts batches by rows; start with torchrun to pack them")
         else:

@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from robust_dpo import ops
+from robust_dpo.expert_load import RouterPass
 from robust_dpo.layout import LayoutPlan, PackedGroups, groups_of
 from robust_dpo.layout.choice import PADDED, model_output
 from robust_dpo.layout.packing import IGNORED
 from robust_dpo.trainer.head import capture_head_input, linear_head
+from robust_dpo.trainer.router import RouterLoss, packed_owners, padded_owners, router_pass
 from robust_dpo.trainer.self_check import HeadCheck
 
 Batch = dict[str, Any]
@@ -37,19 +39,22 @@ class SequenceScorer:
         check: whether its head may be fused, and what it does to its logits.
         backend: backend of the fused operators.
         layout: how batches are laid out for it.
+        router: the auxiliary loss of its routers; None where it has none or that is not wanted.
     """
 
     check: HeadCheck
     backend: str = "auto"
     layout: LayoutPlan = PADDED
+    router: RouterLoss | None = None
 
     @property
     def fused(self) -> bool:
         return self.check.head is not None
 
     def for_copy(self, model: nn.Module) -> SequenceScorer:
-        """The scorer of a copy of the model that this one is for."""
-        return replace(self, check=replace(self.check, head=linear_head(model) if self.fused else None))
+        """The scorer of a copy of the model that this one is for, which is not trained."""
+        check = replace(self.check, head=linear_head(model) if self.fused else None)
+        return replace(self, check=check, router=None)
 
     def laid_out(self, batch: Batch) -> Batch:
         """The batch with its groups under `packed` as this model takes them; the collator's where it made them.
@@ -64,16 +69,19 @@ class SequenceScorer:
         packed = packed.to(batch["input_ids"].device)
         return {**batch, "packed": packed, "group_sizes": packed.group_sizes}
 
-    def head_arguments(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+    def head_arguments(self, model: nn.Module, batch: Batch, routers: list[RouterPass] | None = None) -> dict[str, Any]:
         """Hidden states, targets, lengths, weight, bias, softcap, logit_scale and backend for the fused operators.
 
-        `model` is the wrapped one, so that DDP's hooks run.
+        Args:
+            model: the wrapped one, so that DDP's hooks run.
+            batch: what the collator gives.
+            routers: the routers of the pass are added to it, where they are to be balanced.
         """
         head, transform = self.check.head, self.check.transform
         assert head is not None
         batch = self.laid_out(batch)
         with capture_head_input(head) as captured:
-            self._run(model, batch)
+            self._run(model, batch, routers)
         return {
             "hidden": self._predicting(captured[0], batch),
             **self._targets(batch),
@@ -84,21 +92,35 @@ class SequenceScorer:
             "backend": self.backend,
         }
 
-    def logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[S] float32, log-prob of each response, differentiable."""
+    def logps(self, model: nn.Module, batch: Batch, routers: list[RouterPass] | None = None) -> Tensor:
+        """[S] float32, log-prob of each response, differentiable; arguments as of `head_arguments`."""
         if self.fused:
-            logps = ops.sequence_logps(**self.head_arguments(model, batch))
+            logps = ops.sequence_logps(**self.head_arguments(model, batch, routers))
         else:
             batch = self.laid_out(batch)
-            logits = self._predicting(self._run(model, batch).logits, batch)
+            logits = self._predicting(self._run(model, batch, routers).logits, batch)
             logps = ops.sequence_logps_from_logits(logits, **self._targets(batch), backend=self.backend)
         assert isinstance(logps, Tensor)
         return logps
 
-    def _run(self, model: nn.Module, batch: Batch) -> Any:
+    def _run(self, model: nn.Module, batch: Batch, routers: list[RouterPass] | None) -> Any:
+        router = None if routers is None else self.router
+        # Not every model takes the option.
+        options = {} if router is None else {"output_router_logits": True}
         if self.layout.kind == "padded":
-            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        return model_output(model, batch["packed"], self.layout)
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+        else:
+            output = model_output(model, batch["packed"], self.layout, **options)
+        if router is not None and routers is not None:
+            routers.append(router_pass(router, output, self._owners(batch), len(batch["group_sizes"])))
+        return output
+
+    def _owners(self, batch: Batch) -> Tensor:
+        """[R, T] the group of each token that is run, as `router_pass` takes it."""
+        if self.layout.kind == "padded":
+            return padded_owners(batch["attention_mask"], batch["group_sizes"])
+        return packed_owners(batch["packed"])
 
     def _predicting(self, values: Tensor, batch: Batch) -> Tensor:
         """[S, T, ...] of a padded batch, [N, ...] of a packed one: one row per token that `_targets` names."""

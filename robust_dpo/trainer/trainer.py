@@ -23,6 +23,7 @@ from robust_dpo.checkpoints import CheckpointedTrainer, RunRecord
 from robust_dpo.data import PreferenceCollator, length_statistics
 from robust_dpo.data.fingerprint import rows_fingerprint
 from robust_dpo.errors import argument_error, type_error
+from robust_dpo.expert_load import RouterPass
 from robust_dpo.losses.linear import LINEAR
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.reference_cache import ReferenceCache
@@ -129,10 +130,17 @@ class RobustDPOTrainer(CheckpointedTrainer):
         # transformers then divides the loss by the number of micro-batches of a step, which `compute_loss` undoes.
         self.model_accepts_loss_kwargs = False
         self.bound_loss = args.bound_loss()
-        self.objective = BatchObjective(self.bound_loss, robust, args.sft_weight, args.calibrated)
         self._reward_beta = args.reward_beta
         self._planner = ScorerPlanner(args, self.accelerator, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._scorer = self._planner.scorer(self.model, "the model", trains=True)
+        router = self._scorer.router
+        self.objective = BatchObjective(
+            loss=self.bound_loss,
+            robust=robust,
+            sft_weight=args.sft_weight,
+            calibrated=args.calibrated,
+            router_coefficient=0.0 if router is None else router.coefficient,
+        )
         # A subclass may change a batch, and what is laid out has to be what it gives.
         if type(self.data_collator) is PreferenceCollator:
             self.data_collator = self.data_collator.for_layout(self._scorer.layout)
@@ -188,11 +196,13 @@ class RobustDPOTrainer(CheckpointedTrainer):
 
     def _look(self, model: nn.Module, batch: Batch) -> GroupTable:
         """The groups of a batch with their log-probs, without gradients and dropout."""
-        batch = self._scorer.laid_out(batch)
+        batch, routers = self._scorer.laid_out(batch), list[RouterPass]()
         with torch.no_grad(), evaluating(model), self.accelerator.autocast():
             ref_logps = self._ref_logps(model, batch)
-            groups = seen_groups(batch, self._scorer.logps(model, batch), ref_logps)
-        return GroupTable(groups, batch["calibration"] if self.args.calibrated else None, batch.get("domain_labels"))
+            groups = seen_groups(batch, self._scorer.logps(model, batch, routers), ref_logps)
+            load = routers[0].load() if routers else None
+        calibration = batch["calibration"] if self.args.calibrated else None
+        return GroupTable(groups, calibration, batch.get("domain_labels"), load)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """As in transformers, with the numbers of the groups' domains where the objective depends on them."""
@@ -259,13 +269,16 @@ class RobustDPOTrainer(CheckpointedTrainer):
         loader: DataLoader[Any] = super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
         return loader
 
-    def preference_output(self, model: nn.Module, batch: Batch, slopes: Tensor | None = None) -> PreferenceOutput:
-        """Loss, log-probs and robust weights of one batch by itself, without the SFT term.
+    def preference_output(
+        self, model: nn.Module, batch: Batch, slopes: Tensor | None = None, load_slopes: Tensor | None = None
+    ) -> PreferenceOutput:
+        """Loss, log-probs and robust weights of one batch by itself, without the SFT term and the routers' loss.
 
         Args:
             model: the policy, wrapped as it is trained.
             batch: what the collator gives, on the model's device.
             slopes: [S], for the loss Σ slopes · logp in place of the objective.
+            load_slopes: [E], to add Σ load_slopes · (sum of the probabilities that the routers give an expert).
         """
         batch = self._labelled(self._scorer.laid_out(batch))
         robust, labels = self.objective.robust, batch.get("domain_labels")
@@ -280,10 +293,15 @@ class RobustDPOTrainer(CheckpointedTrainer):
             objective = {"loss": LINEAR, "robust": Mean(), "scores": (groups * slopes).float()}
         with self.accelerator.autocast():
             objective |= {"ref_logps": self._ref_logps(model, batch), "group_sizes": batch["group_sizes"]}
+            routers: list[RouterPass] | None = None if load_slopes is None else []
             if self._scorer.fused:
-                return ops.linear_preference_loss(**self._scorer.head_arguments(model, batch), **objective)
-            logps = self._scorer.logps(model, batch)
-            return ops.preference_loss(logps, lengths=response_lengths(batch), **objective)
+                output = ops.linear_preference_loss(**self._scorer.head_arguments(model, batch, routers), **objective)
+            else:
+                logps = self._scorer.logps(model, batch, routers)
+                output = ops.preference_loss(logps, lengths=response_lengths(batch), **objective)
+            if routers and load_slopes is not None:
+                output = replace(output, loss=output.loss + routers[0].weighted(load_slopes))
+        return output
 
     def _ref_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
         if not self.bound_loss.needs_reference:

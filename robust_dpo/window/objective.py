@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from robust_dpo.expert_load import load_balancing_loss, load_slopes
 from robust_dpo.groups import Groups
 from robust_dpo.losses import BoundLoss
 from robust_dpo.robust import RobustObjective, Solution
@@ -24,6 +25,7 @@ class BatchSolution:
         group_losses: [G] ℓ.
         slopes: [G, K] ∂value/∂logp, 0 where there is no response.
         terms: [] each, what is added to the aggregation, by the name that it is logged under.
+        load_slopes: [E] ∂value/∂(sum of the probabilities that the routers gave an expert), or None without routers.
     """
 
     value: Tensor
@@ -31,11 +33,12 @@ class BatchSolution:
     group_losses: Tensor
     slopes: Tensor
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+    load_slopes: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class BatchObjective:
-    """What is minimised: the worst case over group losses, and a likelihood term beside it.
+    """What is minimised: the worst case over group losses, and terms beside it.
 
     Args:
         loss: of a group.
@@ -43,17 +46,20 @@ class BatchObjective:
         sft_weight: ≥ 0, times the negative log-likelihood of the best response of each group, a mean over their tokens:
             w · Σ_g −S_g / Σ_g |y_g|. It has no part in the worst case, and no calibration.
         calibrated: whether the aggregation uses the calibration of the groups.
+        router_coefficient: ≥ 0, times the loss that balances the load of experts over all tokens
+            (`expert_load.load_balancing_loss`). Above 0 every table has a load.
     """
 
     loss: BoundLoss
     robust: RobustObjective
     sft_weight: float = 0.0
     calibrated: bool = True
+    router_coefficient: float = 0.0
 
     @property
     def adds_terms(self) -> bool:
         """Whether there is more to it than the aggregation."""
-        return self.sft_weight > 0
+        return self.sft_weight > 0 or self.router_coefficient > 0
 
     def solve(self, table: GroupTable, *, training: bool = True) -> BatchSolution:
         """Value and slopes, by autograd on these few numbers: any differentiable loss of any groups will do.
@@ -69,14 +75,21 @@ class BatchObjective:
             losses = self.loss(groups)
             robust = aggregation.solve(losses, table.calibration)
             value, terms = robust.attach(losses), {}
-            if self.adds_terms:
+            if self.sft_weight > 0:
                 terms["nll_loss"] = best_nll(groups)
                 value = value + self.sft_weight * terms["nll_loss"]
             slopes = torch.zeros_like(logps)
             if value.requires_grad:
                 (slopes,) = torch.autograd.grad(value, logps, allow_unused=True, materialize_grads=True)
+        balance = None
+        if self.router_coefficient > 0:
+            assert table.load is not None
+            load = table.load.total()
+            balance = self.router_coefficient * load_slopes(load)
+            terms["aux_loss"] = load_balancing_loss(load)
+            value = value + self.router_coefficient * terms["aux_loss"]
         known = {name: term.detach() for name, term in terms.items()}
-        return BatchSolution(value.detach(), robust, losses.detach(), slopes, known)
+        return BatchSolution(value.detach(), robust, losses.detach(), slopes, known, balance)
 
 
 def best_nll(groups: Groups) -> Tensor:

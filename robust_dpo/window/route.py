@@ -61,6 +61,8 @@ def plan_route(
 
 def _why_no_tilt(objective: BatchObjective) -> str:
     """Why gradients of an objective cannot be accumulated before its weights are known; empty where they can."""
+    if objective.router_coefficient > 0:
+        return "the auxiliary loss of its routers couples all tokens of a step"
     if objective.adds_terms:
         return "what is added to the aggregation over groups has a scale of its own"
     if objective.loss.couples_groups:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robust_dpo.expert_load import ExpertLoad
 from robust_dpo.groups import GroupLayout, Groups
 from robust_dpo.ops.host import send
 from robust_dpo.ops.precision import exact_dtype
 
 # The first column of a table; 1 where there is a response, and something else in what was padded.
 PRESENT = 0
+# Columns that every table has; after them comes the load of experts.
+_COLUMNS = 7
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,19 @@ class GroupTable:
         groups: the responses of each group.
         calibration: [G] h, or None where the objective does not use it.
         labels: [G] int64, the domain of each group by number, likewise.
+        load: [G] of the model's experts, or None where the objective does not use it.
     """
 
     groups: Groups
     calibration: Tensor | None = None
     labels: Tensor | None = None
+    load: ExpertLoad | None = None
 
     def to_tensor(self) -> Tensor:
-        """[G, K, 7] exact dtype; what is missing is 0. Groups without scores get those that rank them by position."""
+        """[G, K, C] exact dtype; what is missing is 0. Groups without scores get those that rank them by position.
+
+        C is 7, and with a load of E experts 2E + 1 more, the same for all responses of a group.
+        """
         groups, none = self.groups, torch.zeros_like(self.groups.logps)
         columns = (
             groups.mask,
@@ -42,11 +50,15 @@ class GroupTable:
             none if self.calibration is None else self.calibration[:, None].expand_as(none),
             none if self.labels is None else self.labels[:, None].expand_as(none),
         )
-        return torch.stack([column.to(exact_dtype(none.device)) for column in columns], dim=-1)
+        table = torch.stack([column.to(exact_dtype(none.device)) for column in columns], dim=-1)
+        if self.load is None:
+            return table
+        load = self.load.to_tensor().to(table.dtype)
+        return torch.cat([table, load[:, None].expand(-1, table.shape[1], -1)], dim=-1)
 
     def of_tensor(self, values: Tensor) -> GroupTable:
-        """The table [G, K, 7] of a larger batch that has what this one has, with any padding along K."""
-        present, logps, ref_logps, lengths, scores, calibration, labels = values.unbind(-1)
+        """The table [G, K, C] of a larger batch that has what this one has, with any padding along K."""
+        present, logps, ref_logps, lengths, scores, calibration, labels = values[..., :_COLUMNS].unbind(-1)
         mask = present == 1
         groups = Groups(
             logps=logps.where(mask, 0.0),
@@ -59,6 +71,7 @@ class GroupTable:
             groups,
             None if self.calibration is None else calibration[:, 0],
             None if self.labels is None else labels[:, 0].long(),
+            None if self.load is None else ExpertLoad.of_tensor(values[:, 0, _COLUMNS:]),
         )
 
 

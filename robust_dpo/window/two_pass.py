@@ -34,6 +34,7 @@ class TwoPass:
         self._window: Sequence[MicroBatch] = ()
         self._slopes: list[Tensor] = []
         self._losses: list[Tensor] = []
+        self._load_slopes: Tensor | None = None
         self._factor: Tensor | None = None
         self._solution: WindowSolution | None = None
 
@@ -52,6 +53,7 @@ class TwoPass:
         sizes = [layout.num_groups for layout in layouts]
         known = slopes.where(usable, 0.0)
         self._slopes = [layout.unpad(part) for layout, part in zip(layouts, known, strict=True)]
+        self._load_slopes = solution.load_slopes
         self._losses = [part[:size] for part, size in zip(losses, sizes, strict=True)]
         counted = [part[:size] for part, size, each in zip(weights, sizes, window, strict=True) if each.counts]
         self._solution = WindowSolution(
@@ -72,12 +74,14 @@ class TwoPass:
 
     def run(self, model: nn.Module, batch: Batch, place: int) -> Weighed:
         assert self._factor is not None
-        slopes, losses = self._slopes[place], self._losses[place]
-        output = self._forward(model, batch, slopes)
+        slopes, losses, counts = self._slopes[place], self._losses[place], self._window[place].counts
+        # The same for all tokens, so that those without weight have to be told.
+        load_slopes = None if self._load_slopes is None else self._load_slopes * counts
+        output = self._forward(model, batch, slopes, load_slopes)
         # Those of the objective, in place of what stood in for them.
         output = replace(output, group_losses=losses.to(output.group_losses.dtype))
         solution = self._solution if place == len(self._window) - 1 else None
-        return Weighed(output.loss * self._factor.to(output.loss), output, self._window[place].counts, solution)
+        return Weighed(output.loss * self._factor.to(output.loss), output, counts, solution)
 
     def _everyone(self, tables: Sequence[GroupTable]) -> Tensor:
         """[n, ranks, G, K, C]: micro-batch before rank, the order in which the sampler dealt the groups.

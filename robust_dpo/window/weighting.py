@@ -15,13 +15,18 @@ Batch = dict[str, Any]
 
 
 class Forward(Protocol):
-    """Runs a micro-batch: by the objective of the run, or where there are `slopes` [S], by Σ slopes·logp."""
+    """Runs a micro-batch: by the objective of the run, or where there are `slopes` [S], by Σ slopes·logp.
 
-    def __call__(self, model: nn.Module, batch: Batch, slopes: Tensor | None = None) -> PreferenceOutput: ...
+    With `load_slopes` [E] the probabilities that its routers give each expert count that much as well.
+    """
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, slopes: Tensor | None = None, load_slopes: Tensor | None = None
+    ) -> PreferenceOutput: ...
 
 
 class Look(Protocol):
-    """Runs a micro-batch for its log-probs: no gradient, no dropout."""
+    """Runs a micro-batch for its log-probs and the load of its experts: no gradient, no dropout."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> GroupTable: ...
 

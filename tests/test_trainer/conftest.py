@@ -37,6 +37,11 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-tied": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "cohere-scale": ("CohereConfig", {**_SHAPE, "logit_scale": 0.25}),
     "granite-divides": ("GraniteConfig", {**_SHAPE, "logits_scaling": 4.0}),
+    "mixtral-experts": (
+        "MixtralConfig",
+        # The grouped products of the default take no float64.
+        {**_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
+    ),
 }
 
 

@@ -28,6 +28,19 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dora-lora": (12, {"rows": "pairs", "options": DORA, "lora": True}),
     "dora-tied": (12, {"rows": "pairs", "options": DORA, "model": "tied"}),
     "two-pass": (12, {"rows": "pairs", "options": {**DORA, "robust_route": "two_pass"}}),
+    # Packed rows, which FSDP does not take, have fewer tokens whose experts are to be balanced.
+    "experts": (
+        12,
+        {"rows": "pairs", "options": {**DORA, "router_aux_loss_coef": 0.3, "layout": "padded"}, "model": "experts"},
+    ),
+    "uneven-experts": (
+        4,
+        {
+            "rows": "uneven",
+            "options": {"mode": "dro", "lam": 0.05, "num_train_epochs": 2, "router_aux_loss_coef": 0.3},
+            "model": "experts",
+        },
+    ),
     "radius": (12, {"rows": "pairs", "options": {"mode": "dora", "radius": 0.1, "max_steps": 3}}),
     "domains": (12, {"rows": "pairs", "options": {"mode": "dora", **DOMAINS, "max_steps": 3}}),
     # Two epochs of 13 groups, whose last step has but 1 or 5 of them: a rank has nothing that counts.
@@ -35,15 +48,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "uneven-two-pass": (8, {"rows": "uneven", "options": {"mode": "dro", "radius": 0.1, "num_train_epochs": 2}}),
     # With steps that lack a domain.
     "uneven-domains": (4, {"rows": "uneven", "options": {"mode": "dro", **DOMAINS, "num_train_epochs": 2}}),
-}
-# FSDP2 wraps each decoder layer, and the rest of the model around them.
-SHARDED = {
-    "fsdp": True,
-    "fsdp_config": {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-    },
 }
 
 
@@ -54,8 +58,17 @@ def _zero(stage: int) -> dict[str, Any]:
     return {"deepspeed": {**config, **dict.fromkeys(names, "auto")}, "use_cpu": False, "dataloader_pin_memory": False}
 
 
-# Options of the engines that have some.
-ENGINES = {"fsdp": SHARDED, "zero-1": _zero(1), "zero-2": _zero(2)}
+def _engine_options(engine: str, model: str) -> dict[str, Any]:
+    """What an engine is asked for; FSDP2 wraps each decoder layer, and the rest of the model around them."""
+    if engine.startswith("zero"):
+        return _zero(int(engine.removeprefix("zero-")))
+    if engine != "fsdp":
+        return {}
+    layer = "MixtralDecoderLayer" if model == "experts" else "LlamaDecoderLayer"
+    wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": [layer]}
+    return {"fsdp": True, "fsdp_config": {"version": 2, **wrap}}
+
+
 # engine and ranks: name of a case, and the groups of its micro-batches.
 LAYOUTS = {
     ("ddp", 2): [
@@ -66,9 +79,11 @@ LAYOUTS = {
         ("dora-lora", 3),
         ("dora-tied", 2),
         ("two-pass", 2),
+        ("experts", 2),
         ("radius", 3),
         ("uneven", 1),
         ("uneven", 2),
+        ("uneven-experts", 1),
         ("uneven-two-pass", 2),
         ("uneven-two-pass", 4),
         ("domains", 6),
@@ -83,6 +98,7 @@ LAYOUTS = {
         ("dora-lora", 6),
         ("radius", 3),
         ("uneven", 1),
+        ("experts", 3),
         ("domains", 2),
     ],
     ("fsdp-at-load", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("uneven", 1)],
@@ -106,7 +122,7 @@ def with_layout(name: str, ranks: int, size: int, engine: str = "ddp") -> dict[s
     """The case with micro-batches of `size` groups on each of `ranks`."""
     total, case = CASES[name]
     layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": total // (size * ranks)}
-    options = {**case["options"], **layout, **ENGINES.get(engine, {})}
+    options = {**case["options"], **layout, **_engine_options(engine, case.get("model", ""))}
     return {**case, "options": options, "sharded_at_load": engine == "fsdp-at-load"}
 
 
@@ -120,6 +136,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, module_mode
     folder = tmp_path_factory.mktemp("ranks")
     build_model().save_pretrained(folder / "model")
     build_model("llama-tied").save_pretrained(folder / "tied")
+    build_model("mixtral-experts").save_pretrained(folder / "experts")
     build_model(seed=1).save_pretrained(folder / "reference")
     tokenizer.save_pretrained(folder / "model")
 

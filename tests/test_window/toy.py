@@ -62,7 +62,10 @@ def cut(batch: Batch, counts: list[int]) -> list[Batch]:
 
 
 def make_forward(objective: BatchObjective, *, calibrated: bool) -> Callable[..., PreferenceOutput]:
-    def forward(model: nn.Module, batch: Batch, slopes: Tensor | None = None) -> PreferenceOutput:
+    def forward(
+        model: nn.Module, batch: Batch, slopes: Tensor | None = None, load_slopes: Tensor | None = None
+    ) -> PreferenceOutput:
+        assert load_slopes is None, "it has no routers"
         logps, sizes = model(batch["input_ids"]), batch["group_sizes"]
         ref_logps, calibration = torch.zeros_like(logps), batch["calibration"] if calibrated else None
         if slopes is not None:
