@@ -9,9 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from robust_dpo.groups import Groups
+from robust_dpo.groups import GroupLayout, Groups
 from robust_dpo.trainer.scoring import Batch, response_lengths
-from robust_dpo.window import batch_layout
 
 # Columns of `group_metrics`, in order.
 GROUP_METRICS = (
@@ -26,12 +25,8 @@ GROUP_METRICS = (
 LOGP_ACCURACIES = ("logp_accuracy", "token_logp_accuracy")
 
 
-def seen_groups(batch: Batch, logps: Tensor, ref_logps: Tensor | None) -> Groups:
-    """The responses [S] of a collated batch, by groups, with their detached log-probs.
-
-    Reads nothing from the device where the `group_sizes` of the batch are on the CPU.
-    """
-    layout = batch_layout(batch["group_sizes"], logps.device)
+def seen_groups(batch: Batch, layout: GroupLayout, logps: Tensor, ref_logps: Tensor | None) -> Groups:
+    """The responses [S] of a collated batch, by groups, with their detached log-probs."""
     optional = {
         name: None if values is None else layout.pad(values)
         for name, values in (("ref_logps", ref_logps), ("scores", batch.get("scores")))

@@ -24,6 +24,7 @@ from robust_dpo.data import PreferenceCollator, length_statistics
 from robust_dpo.data.fingerprint import rows_fingerprint
 from robust_dpo.errors import argument_error, type_error
 from robust_dpo.expert_load import RouterPass
+from robust_dpo.groups import GroupLayout
 from robust_dpo.losses.linear import LINEAR
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.reference_cache import ReferenceCache
@@ -45,6 +46,7 @@ from robust_dpo.window import (
     BatchObjective,
     GroupTable,
     Weighed,
+    layout_of,
     make_weighting,
     plan_route,
     refuse_split_model,
@@ -194,15 +196,17 @@ class RobustDPOTrainer(CheckpointedTrainer):
             drop_last=self.args.dataloader_drop_last,
         )
 
-    def _look(self, model: nn.Module, batch: Batch) -> GroupTable:
-        """The groups of a batch with their log-probs, without gradients and dropout."""
+    def _look(self, model: nn.Module, batch: Batch) -> tuple[GroupTable, GroupLayout]:
+        """The groups of a batch with their log-probs, without gradients and dropout, and how they lie in it."""
         batch, routers = self._scorer.laid_out(batch), list[RouterPass]()
         with torch.no_grad(), evaluating(model), self.accelerator.autocast():
             ref_logps = self._ref_logps(model, batch)
-            groups = seen_groups(batch, self._scorer.logps(model, batch, routers), ref_logps)
+            logps = self._scorer.logps(model, batch, routers)
+            layout = layout_of(batch["group_sizes"], logps.device)
+            groups = seen_groups(batch, layout, logps, ref_logps)
             load = routers[0].load() if routers else None
         calibration = batch["calibration"] if self.args.calibrated else None
-        return GroupTable(groups, calibration, batch.get("domain_labels"), load)
+        return GroupTable(groups, calibration, batch.get("domain_labels"), load), layout
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """As in transformers, with the numbers of the groups' domains where the objective depends on them."""
@@ -341,7 +345,8 @@ class RobustDPOTrainer(CheckpointedTrainer):
         """Metrics and checks of a micro-batch, and at the last one of a step those of the step."""
         output, solution = weighed.output, weighed.solution
         self._guard.watch(weighed.loss, output.group_losses, batch["ids"])
-        groups = seen_groups(batch, output.logps, output.ref_logps)
+        layout = layout_of(batch["group_sizes"], output.logps.device)
+        groups = seen_groups(batch, layout, output.logps, output.ref_logps)
         metrics = group_metrics(groups, self._reward_beta)
         if weighed.counts:
             self._window_ids += batch["ids"]
@@ -402,7 +407,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, None]:
         """Nothing but the groups with their log-probs, as `GroupTable.to_tensor` writes them."""
-        self._evaluated = self._look(model, self._prepare_inputs(inputs))
+        self._evaluated, _ = self._look(model, self._prepare_inputs(inputs))
         return None, self._evaluated.to_tensor(), None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

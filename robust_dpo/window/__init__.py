@@ -7,7 +7,7 @@ backpropagate so that the step's gradient is that of the objective over all grou
 from robust_dpo.window.objective import BatchObjective, BatchSolution
 from robust_dpo.window.route import ROUTES, SCOPES, RoutePlan, plan_route
 from robust_dpo.window.supported import refuse_split_model, refuse_steps_in_backward, refuse_unknown_groups
-from robust_dpo.window.table import GroupTable, batch_layout
+from robust_dpo.window.table import GroupTable, layout_of
 from robust_dpo.window.weighting import DomainLosses, Weighed, Weighting, WindowSolution
 from robust_dpo.window.window import AccumulationWindow, make_weighting
 
@@ -23,7 +23,7 @@ __all__ = [
     "Weighed",
     "Weighting",
     "WindowSolution",
-    "batch_layout",
+    "layout_of",
     "make_weighting",
     "plan_route",
     "refuse_split_model",

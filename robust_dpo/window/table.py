@@ -75,7 +75,7 @@ class GroupTable:
         )
 
 
-def batch_layout(group_sizes: Tensor, device: torch.device) -> GroupLayout:
+def layout_of(group_sizes: Tensor, device: torch.device) -> GroupLayout:
     """The layout of a collated batch, for vectors on `device`. Reads nothing from it where the sizes are on the CPU."""
     sizes = group_sizes.tolist()
     return GroupLayout.ragged(send(sizes, device), max(sizes), sum(sizes))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from robust_dpo.window.objective import BatchObjective, BatchSolution
 from robust_dpo.window.ranks import Ranks
-from robust_dpo.window.table import PRESENT, GroupTable, batch_layout, padded_alike
+from robust_dpo.window.table import PRESENT, GroupTable, padded_alike
 from robust_dpo.window.weighting import Batch, DomainLosses, Forward, Look, MicroBatch, Weighed, WindowSolution
 
 
@@ -40,16 +40,16 @@ class TwoPass:
 
     def open(self, model: nn.Module, window: Sequence[MicroBatch]) -> list[Batch]:
         self._window = window
-        tables = [self._look(model, each.batch) for each in window]
+        looks = [self._look(model, each.batch) for each in window]
+        tables, layouts = [table for table, _ in looks], [layout for _, layout in looks]
         everyone = self._everyone(tables)
         real = everyone[..., 0, PRESENT] == 1
-        table = tables[0].of_tensor(everyone[real])
-        solution = self._objective.solve(table)
+        whole = tables[0].of_tensor(everyone[real])
+        solution = self._objective.solve(whole)
         # Slopes that are not numbers must reach the loss, which stops the step, not the check of the operator.
-        usable = solution.slopes.isfinite().all()
+        usable = solution.slopes.isfinite().all() & solution.value.isfinite()
         self._factor = torch.where(usable, float(self._ranks.num_processes), float("nan"))
         slopes, losses, weights = self._own(solution, real)
-        layouts = [batch_layout(each.batch["group_sizes"], real.device) for each in window]
         sizes = [layout.num_groups for layout in layouts]
         known = slopes.where(usable, 0.0)
         self._slopes = [layout.unpad(part) for layout, part in zip(layouts, known, strict=True)]
@@ -63,13 +63,13 @@ class TwoPass:
             parameter=solution.robust.parameter,
             weights=torch.cat([weights.new_empty(0), *counted]),
             terms=solution.terms,
-            domain_losses=_domain_losses(table, solution),
+            domain_losses=_domain_losses(whole, solution),
         )
         references = [table.groups.ref_logps for table in tables]
         return [
             # So that the reference is not run again.
-            each.batch if known is None else {**each.batch, "ref_logps": layout.unpad(known)}
-            for each, known, layout in zip(window, references, layouts, strict=True)
+            each.batch if anchors is None else {**each.batch, "ref_logps": layout.unpad(anchors)}
+            for each, anchors, layout in zip(window, references, layouts, strict=True)
         ]
 
     def run(self, model: nn.Module, batch: Batch, place: int) -> Weighed:

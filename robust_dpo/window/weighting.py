@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from robust_dpo.groups import GroupLayout
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.window.table import GroupTable
 
@@ -26,9 +27,12 @@ class Forward(Protocol):
 
 
 class Look(Protocol):
-    """Runs a micro-batch for its log-probs and the load of its experts: no gradient, no dropout."""
+    """Runs a micro-batch for its log-probs and the load of its experts: no gradient, no dropout.
 
-    def __call__(self, model: nn.Module, batch: Batch) -> GroupTable: ...
+    Also says how its responses form groups.
+    """
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[GroupTable, GroupLayout]: ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from robust_dpo.groups import Groups
+from robust_dpo.groups import GroupLayout, Groups
 from robust_dpo.losses import resolve
 from robust_dpo.losses.linear import LINEAR
 from robust_dpo.ops import preference_loss
@@ -20,7 +20,7 @@ from robust_dpo.window import (
     BatchObjective,
     GroupTable,
     RoutePlan,
-    batch_layout,
+    layout_of,
     make_weighting,
 )
 
@@ -82,15 +82,15 @@ def make_forward(objective: BatchObjective, *, calibrated: bool) -> Callable[...
     return forward
 
 
-def make_look(*, calibrated: bool) -> Callable[..., GroupTable]:
-    def look(model: nn.Module, batch: Batch) -> GroupTable:
+def make_look(*, calibrated: bool) -> Callable[..., tuple[GroupTable, GroupLayout]]:
+    def look(model: nn.Module, batch: Batch) -> tuple[GroupTable, GroupLayout]:
         logps = model(batch["input_ids"]).detach()
-        layout = batch_layout(batch["group_sizes"], logps.device)
+        layout = layout_of(batch["group_sizes"], logps.device)
         padded = layout.pad(logps)
         # Responses of different length.
         lengths = layout.pad(lengths_of(batch).to(logps.dtype), fill=1.0)
         groups = Groups(padded, lengths, layout.mask, torch.zeros_like(padded))
-        return GroupTable(groups, batch["calibration"] if calibrated else None)
+        return GroupTable(groups, batch["calibration"] if calibrated else None), layout
 
     return look
 
