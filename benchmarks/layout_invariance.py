@@ -27,7 +27,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, PrinterCallback, Trainer
 
 from robust_dpo.bench.tables import replace_between
 from robust_dpo.bench.train_step.data import Row, make_workload, padding_tokenizer
@@ -36,6 +36,13 @@ from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
 
 GROUPS, STEPS = 64, 5
 # Ranks, and groups of a micro-batch on each; the first is what the others are compared with.
+# Of every five groups three are of the first.
+DOMAINS = ("human", "synthetic")
+# What a mixture of experts has in common with the dense model.
+SHARED_SHAPE = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "pad_token_id", "eos_token_id"),
+}
 LAYOUTS = ((1, 64), (1, 16), (1, 4), (2, 8), (4, 4))
 
 
@@ -48,12 +55,14 @@ class Contestant:
         options: fields of its configuration.
         responses: of each group; None: two, three and four in turn.
         lora: train an adapter on the attention.
+        experts: train a mixture of experts.
     """
 
     package: str
     options: Mapping[str, Any] = field(default_factory=dict)
     responses: int | None = 2
     lora: bool = False
+    experts: bool = False
 
 
 DORA = {"mode": "dora", "lam": 0.02}
@@ -63,6 +72,13 @@ CONTESTANTS = {
     "ours: DoRA, K = 2, 3, 4": Contestant("ours", {**DORA, "loss_type": "plackett_luce"}, responses=None),
     "ours: DoRA, two passes": Contestant("ours", {**DORA, "robust_route": "two_pass"}),
     "ours: KL ball": Contestant("ours", {"mode": "dora", "radius": 0.2}),
+    "ours: CVaR": Contestant("ours", {"mode": "erm", "robust": "cvar"}),
+    "ours: group DRO": Contestant(
+        "ours", {"mode": "dora", "robust": "group_dro", "robust_options": {"step_size": 1.0}}
+    ),
+    "ours: aot": Contestant("ours", {"mode": "erm", "loss_type": "aot"}),
+    "ours: DoRA and SFT": Contestant("ours", {**DORA, "sft_weight": 0.5}),
+    "ours: DoRA, experts": Contestant("ours", {**DORA, "router_aux_loss_coef": 0.1}, experts=True),
     "ours: plain DPO": Contestant("ours", {"mode": "erm"}),
     "ours: DoRA, per micro-batch": Contestant("ours", {**DORA, "robust_scope": "micro_batch"}),
     "TRL: sigmoid (control)": Contestant("trl", {"loss_type": ["sigmoid"]}),
@@ -112,7 +128,7 @@ def arguments(chosen: Setting, ranks: int, size: int, folder: str) -> dict[str, 
 
 
 def make_trainer(contestant: Contestant, chosen: Setting, rows: list[Row], common: dict[str, Any]) -> Trainer:
-    model, reference = chosen.policy(), chosen.reference_model()
+    model, reference = models_for(contestant, chosen)
     options = {**common, **contestant.options}
     transformers.set_seed(0)  # of the adapter
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if contestant.lora else None
@@ -144,8 +160,22 @@ def make_trainer(contestant: Contestant, chosen: Setting, rows: list[Row], commo
     )
 
 
+def models_for(contestant: Contestant, chosen: Setting) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Policy and reference."""
+    policy, reference = chosen.policy(), chosen.reference_model()
+    if not contestant.experts:
+        return policy, reference
+    shape = {name: value for name, value in policy.config.to_dict().items() if name in SHARED_SHAPE}
+    config = MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
+    mixtures = []
+    for seed, dense in enumerate((policy, reference)):
+        transformers.set_seed(seed)
+        mixtures.append(AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dense.dtype))
+    return mixtures[0], mixtures[1]
+
+
 def rows_for(contestant: Contestant, chosen: Setting) -> list[Row]:
-    rows = make_workload(chosen, None).rows
+    rows = [{**row, "domain": DOMAINS[index % 5 // 3]} for index, row in enumerate(make_workload(chosen, None).rows)]
     if contestant.responses is None:
         rows = [{**row, "response_ids": row["response_ids"][: 2 + index % 3]} for index, row in enumerate(rows)]
     return rows
