@@ -30,7 +30,7 @@ def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
         env=os.environ | environment,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=1500,  # nvcc for four chips, on a machine that does something else as well
         stdin=subprocess.DEVNULL,
         check=False,
     )
