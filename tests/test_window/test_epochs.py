@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import DistributedType
 from hypothesis import given
 from hypothesis import strategies as st
 from test_window.toy import FEATURES, Policy, cut, make_batch, make_window, train_step, whole
@@ -161,7 +162,7 @@ class _Arguments:
 class _Ranks:
     def __init__(self, **facts: Any) -> None:
         self.num_processes, self.even_batches, self.dispatch_batches = 2, True, None
-        self.parallelism_config = None
+        self.parallelism_config, self.distributed_type = None, DistributedType.MULTI_GPU
         self.__dict__.update(facts)
 
 
@@ -219,6 +220,18 @@ def test_refuses_optimizers_that_step_within_backward(name: str) -> None:
             continue
         with pytest.raises(ValueError, match=f"optim: .* has {micro_batches} on each of {ranks} ranks, got '{name}'"):
             refuse_steps_in_backward(args, _Ranks(num_processes=ranks))
+
+
+def test_refuses_the_stage_of_deepspeed_that_takes_every_step() -> None:
+    args = TrainingArguments(output_dir="never-made", use_cpu=True)
+    for stage in (1, 2, 3, 0):
+        state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+        ranks = _Ranks(distributed_type=DistributedType.DEEPSPEED, state=state)
+        if stage:
+            refuse_steps_in_backward(args, ranks)
+            continue
+        with pytest.raises(ValueError, match=r"deepspeed: expected zero_optimization of stage 1, 2 or 3.*got stage 0"):
+            refuse_steps_in_backward(args, ranks)
 
 
 def test_a_stream_on_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
