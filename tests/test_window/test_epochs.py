@@ -109,6 +109,19 @@ def test_a_window_that_was_left_leaves_no_gradient(route: str) -> None:
     torch.testing.assert_close(model.weights.grad, whole(objective, model, batch)[1])
 
 
+@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_window_that_is_left_is_an_error_where_gradients_are_kept(
+    engine: DistributedType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, model = make_batch([2, 2]), Policy(torch.zeros(FEATURES, dtype=torch.float64))
+    window = make_window(KLRobust(), "one_pass")
+    first, *_ = window.open(model, cut(batch, [1, 1]), 2)
+    window.run(model, first).loss.backward()
+    monkeypatch.setattr(type(window._accelerator), "distributed_type", engine)
+    with pytest.raises(RuntimeError, match="a step was left after some of its micro-batches"):
+        window.open(model, cut(batch, [1, 1]), 2)
+
+
 class _Engine:
     """What the choice of a route sees of an accelerator."""
 
