@@ -30,6 +30,19 @@ def deepspeed_on_cpu() -> None:
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 
+def zero(stage: int) -> dict[str, Any]:
+    """Options for DeepSpeed on CPUs."""
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    return {"deepspeed": {**config, **dict.fromkeys(names, "auto")}, "use_cpu": False, "dataloader_pin_memory": False}
+
+
 def whole(value: torch.Tensor) -> torch.Tensor:
     """A tensor of which ranks may hold parts, on every rank that asks for it together with the others."""
+    if hasattr(value, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([value]):
+            return value.detach().clone()
+    value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value.clone()

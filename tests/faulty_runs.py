@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_engines import shard_on_cpu, whole
+from cpu_engines import deepspeed_on_cpu, shard_on_cpu, whole
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -60,6 +60,8 @@ class Run:
     def trainer(self, *callbacks: TrainerCallback) -> RobustDPOTrainer:
         if self.options.get("fsdp"):
             shard_on_cpu()
+        if self.options.get("deepspeed"):
+            deepspeed_on_cpu()
         rows = _rows()
         fields: dict[str, Any] = {
             "output_dir": str(self.folder),
@@ -95,12 +97,13 @@ class Run:
         torch.set_num_threads(1)
         trainer = self.trainer()
         trainer.train(resume_from_checkpoint=resume)
-        optimizer = trainer.optimizer.state_dict()["state"]
+        optimizer = trainer.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        moments = optimizer.state_dict()["state"]
         state = {
             "model": {name: whole(value) for name, value in trainer.model.state_dict().items()},
-            "optimizer": {
-                name: {key: whole(value) for key, value in of_one.items()} for name, of_one in optimizer.items()
-            },
+            "optimizer": {name: {key: whole(value) for key, value in each.items()} for name, each in moments.items()},
             "scheduler": trainer.lr_scheduler.state_dict(),
             "parts": {name: part.state_dict() for name, part in trainer.stateful_parts().items()},
             "log": [

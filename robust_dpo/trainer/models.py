@@ -33,7 +33,8 @@ def load_model(model: str | nn.Module, init_kwargs: dict[str, Any], *, argument:
 
 def has_sharded_parameters(model: nn.Module) -> bool:
     """Whether ranks hold parts of parameters already, whoever has sharded them."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    # DeepSpeed's have an id, and no shape.
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def add_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:

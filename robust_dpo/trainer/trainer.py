@@ -382,10 +382,15 @@ class RobustDPOTrainer(CheckpointedTrainer):
         return self._step_loss.to(loss.dtype).nan_to_num(0.0, 0.0, 0.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """As in transformers; a norm that is not finite keeps the step from being taken."""
+        """As in transformers; a norm that is not finite keeps the step from being taken.
+
+        DeepSpeed has left the step out by then. With fp16 it adapts its scale to that, as torch's scaler does.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if isinstance(norm, Tensor):
             self._guard.watch_norm(norm)
+        elif norm is not None and not self.args.fp16:
+            self._guard.watch_norm(torch.tensor(norm))
         return norm
 
     def worst_groups(self, count: int = 10) -> list[tuple[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
 
@@ -33,9 +34,14 @@ def refuse_split_model(model: nn.Module, argument: str) -> None:
 def refuse_steps_in_backward(args: TrainingArguments, accelerator: Accelerator) -> None:
     """Refuse optimizers that move weights within a backward pass where a step has several of them.
 
+    DeepSpeed moves them within the last one. All but its stage 0 leave out a step whose gradients are not finite.
+
     Raises:
-        ValueError: `optim` is one, and a step has several micro-batches or ranks.
+        ValueError: `optim` is one, and a step has several micro-batches or ranks; or it is DeepSpeed's stage 0.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 0:
+        expected = "zero_optimization of stage 1, 2 or 3: stage 0 takes steps whose gradients are not finite"
+        raise argument_error("deepspeed", expected, "stage 0")
     name = str(getattr(args.optim, "value", args.optim))
     if name not in _STEP_IN_BACKWARD and not name.endswith("layerwise"):
         return

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from robust_dpo.errors import type_error
@@ -22,6 +23,9 @@ from robust_dpo.window.two_pass import TwoPass
 from robust_dpo.window.weighting import Batch, Forward, Look, MicroBatch, Weighed, Weighting
 
 logger = logging.getLogger(__name__)
+
+# Gradients of micro-batches are where `zero_grad` does not reach them until the last one.
+_KEEP_GRADIENTS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def make_weighting(
@@ -72,9 +76,17 @@ class AccumulationWindow:
 
         Returns:
             `wanted` batches to train on, or none.
+
+        Raises:
+            RuntimeError: the step before was left in its middle, and its gradients cannot be taken back.
         """
         if self.is_open:
             # The loop was left in the middle of a step.
+            if self._accelerator.distributed_type in _KEEP_GRADIENTS:
+                raise RuntimeError(
+                    "a step was left after some of its micro-batches, and FSDP and DeepSpeed would add their gradients "
+                    "to the next; end epochs after steps (on_step_end)"
+                )
             model.zero_grad()
         self._place = self._size = 0
         if not batches:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cpu_engines import zero
 from faulty_runs import Run, assert_same_end, changes, finish_ranks, has_checkpoint, sharded
 
 from robust_dpo.checkpoints import check
@@ -19,11 +20,18 @@ ENGINES = {
     "ddp": OPTIONS,
     "fsdp-shards": {**OPTIONS, **sharded("SHARDED_STATE_DICT")},
     "fsdp-full": {**OPTIONS, **sharded("FULL_STATE_DICT")},
+    "zero-1": {**OPTIONS, **zero(1)},
+    "zero-2": {**OPTIONS, **zero(2)},
 }
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp-shards", pytest.param("fsdp-full", marks=pytest.mark.slow)])
+PARAMS = [pytest.param(name, marks=pytest.mark.slow) if name == "fsdp-full" else name for name in ENGINES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    if request.param.startswith("zero"):
+        pytest.importorskip("deepspeed")
     run = Run(tmp_path_factory.mktemp("ranks") / "run", options=ENGINES[request.param])
     assert finish_ranks(run) == [0, 0], run.output()
     yield run

@@ -1,6 +1,7 @@
 """Runs training cases on every rank and writes down how they ended; test_ranks.py launches it.
 
-Usage: torchrun rank_runs.py FOLDER ddp|fsdp|fsdp-at-load|zero-1|zero-2; FOLDER holds cases.json, data sets and models.
+Usage: torchrun rank_runs.py FOLDER ENGINE; FOLDER holds cases.json, data sets and models, and engines are ddp, fsdp,
+fsdp-at-load, zero-1, zero-2 and zero-3.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.distributed import DistributedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
 
@@ -53,9 +55,13 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
     if case.get("sharded_at_load"):
         sharding = DistributedConfig(fsdp_size=torch.distributed.get_world_size())
         model = AutoModelForCausalLM.from_pretrained(model, dtype="float32", distributed_config=sharding)
+    reference: Any = None if case.get("lora") else str(folder / "reference")
+    if case.get("loaded_before"):
+        unset_hf_deepspeed_config()
+        model, reference = (AutoModelForCausalLM.from_pretrained(each, dtype="float32") for each in (model, reference))
     trainer = RobustDPOTrainer(
         model,
-        None if case.get("lora") else str(folder / "reference"),
+        reference,
         RobustDPOConfig(
             output_dir=str(folder / f"run-{name}"),
             ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
@@ -75,7 +81,7 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     model = trainer.accelerator.unwrap_model(trainer.model)
-    ends = {key: whole(value.detach()) for key, value in model.named_parameters() if value.requires_grad}
+    ends = {key: whole(value) for key, value in model.named_parameters() if value.requires_grad}
     told = {"log": log, "steps": steps.found, "ranks": trainer.args.world_size, "plan": _plan(trainer)}
     return ends, told, trainer
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_engines import zero
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_trainer.rank_runs import run_case
@@ -51,17 +52,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def _zero(stage: int) -> dict[str, Any]:
-    """DeepSpeed, which divides what it needs to know among its own options and ours."""
-    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
-    return {"deepspeed": {**config, **dict.fromkeys(names, "auto")}, "use_cpu": False, "dataloader_pin_memory": False}
-
-
 def _engine_options(engine: str, model: str) -> dict[str, Any]:
     """What an engine is asked for; FSDP2 wraps each decoder layer, and the rest of the model around them."""
     if engine.startswith("zero"):
-        return _zero(int(engine.removeprefix("zero-")))
+        return zero(int(engine.removeprefix("zero-")))
     if engine != "fsdp":
         return {}
     layer = "MixtralDecoderLayer" if model == "experts" else "LlamaDecoderLayer"
@@ -105,6 +99,7 @@ LAYOUTS = {
     ("zero-1", 1): [("dora", 12), ("dora", 3)],
     ("zero-1", 2): [("dora", 6), ("dora", 3), ("dora-lora", 3), ("dora-tied", 2), ("radius", 3), ("uneven", 1)],
     ("zero-2", 2): [("dora", 6), ("dora", 3), ("dora-tied", 2), ("radius", 3), ("uneven-two-pass", 2)],
+    ("zero-3", 2): [("dora", 6), ("dora", 3), ("radius", 3)],
     ("ddp", 4): [
         ("dora", 3),
         ("dora", 1),
@@ -123,7 +118,12 @@ def with_layout(name: str, ranks: int, size: int, engine: str = "ddp") -> dict[s
     total, case = CASES[name]
     layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": total // (size * ranks)}
     options = {**case["options"], **layout, **_engine_options(engine, case.get("model", ""))}
-    return {**case, "options": options, "sharded_at_load": engine == "fsdp-at-load"}
+    return {
+        **case,
+        "options": options,
+        "sharded_at_load": engine == "fsdp-at-load",
+        "loaded_before": engine == "zero-3",
+    }
 
 
 @pytest.fixture(scope="module")

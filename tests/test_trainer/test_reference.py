@@ -236,6 +236,16 @@ def test_sharded_model_is_no_reference(sharded_model: Any, make_trainer: Callabl
             make()
 
 
+def test_model_that_deepspeed_has_partitioned_is_no_reference(
+    build_model: Callable[..., Any], make_trainer: Callable[..., Any]
+) -> None:
+    """By its third stage: parameters without contents, which all have the same hash."""
+    model = build_model()
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(ValueError, match="ref_model: expected a ref_model that every rank has whole"):
+        FrozenModel.of(model, make_trainer()._scorer)
+
+
 def test_sharded_model_is_not_tried_beforehand(sharded_model: Any, make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer()
     assert trainer._plan_layout(sharded_model, "it").kind == "padded"

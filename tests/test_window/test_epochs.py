@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import DistributedType
 from hypothesis import given
 from hypothesis import strategies as st
 from test_window.toy import FEATURES, Policy, cut, make_batch, make_window, train_step, whole
@@ -115,6 +116,19 @@ def test_a_window_that_was_left_leaves_no_gradient(route: str) -> None:
     torch.testing.assert_close(model.weights.grad, whole(objective, model, batch)[1])
 
 
+@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_window_that_is_left_is_an_error_where_gradients_are_kept(
+    engine: DistributedType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, model = make_batch([2, 2]), Policy(torch.zeros(FEATURES, dtype=torch.float64))
+    window = make_window(KLRobust(), "one_pass")
+    first, *_ = window.open(model, cut(batch, [1, 1]), 2)
+    window.run(model, first).loss.backward()
+    monkeypatch.setattr(type(window._accelerator), "distributed_type", engine)
+    with pytest.raises(RuntimeError, match="a step was left after some of its micro-batches"):
+        window.open(model, cut(batch, [1, 1]), 2)
+
+
 class _Engine:
     """What the choice of a route sees of an accelerator."""
 
@@ -181,7 +195,7 @@ class _Arguments:
 class _Ranks:
     def __init__(self, **facts: Any) -> None:
         self.num_processes, self.even_batches, self.dispatch_batches = 2, True, None
-        self.parallelism_config = None
+        self.parallelism_config, self.distributed_type = None, DistributedType.MULTI_GPU
         self.__dict__.update(facts)
 
 
@@ -239,6 +253,18 @@ def test_refuses_optimizers_that_step_within_backward(name: str) -> None:
             continue
         with pytest.raises(ValueError, match=f"optim: .* has {micro_batches} on each of {ranks} ranks, got '{name}'"):
             refuse_steps_in_backward(args, _Ranks(num_processes=ranks))
+
+
+def test_refuses_the_stage_of_deepspeed_that_takes_every_step() -> None:
+    args = TrainingArguments(output_dir="never-made", use_cpu=True)
+    for stage in (1, 2, 3, 0):
+        state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+        ranks = _Ranks(distributed_type=DistributedType.DEEPSPEED, state=state)
+        if stage:
+            refuse_steps_in_backward(args, ranks)
+            continue
+        with pytest.raises(ValueError, match=r"deepspeed: expected zero_optimization of stage 1, 2 or 3.*got stage 0"):
+            refuse_steps_in_backward(args, ranks)
 
 
 def test_a_stream_on_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
