@@ -33,10 +33,9 @@ from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.data import RowPreparation, Rows
 from robust_dpo.trainer.dropout import disable_dropout, evaluating
 from robust_dpo.trainer.evaluation import evaluate_groups
-from robust_dpo.trainer.metrics import GROUP_METRICS, RunningMeans, group_metrics, robust_metrics, seen_groups
+from robust_dpo.trainer.metrics import seen_groups
 from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer
-from robust_dpo.trainer.nonfinite import NonFiniteGuard
-from robust_dpo.trainer.objective_steps import ObjectiveSteps
+from robust_dpo.trainer.monitor import TrainingMonitor
 from robust_dpo.trainer.planner import ScorerPlanner
 from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
@@ -132,7 +131,6 @@ class RobustDPOTrainer(CheckpointedTrainer):
         # transformers then divides the loss by the number of micro-batches of a step, which `compute_loss` undoes.
         self.model_accepts_loss_kwargs = False
         self.bound_loss = args.bound_loss()
-        self._reward_beta = args.reward_beta
         self._planner = ScorerPlanner(args, self.accelerator, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._scorer = self._planner.scorer(self.model, "the model", trains=True)
         router = self._scorer.router
@@ -150,14 +148,16 @@ class RobustDPOTrainer(CheckpointedTrainer):
         self._reference_weights = None if self.reference is None else self.reference.identity.weights
         if self.reference is not None and args.precompute_ref_log_probs:
             self._precompute(self.reference)
-        self._means = RunningMeans()
-        self._guard = NonFiniteGuard(self.accelerator, skip=args.on_nonfinite == "skip")
-        self.add_callback(self._guard)
-        self._objective_steps = ObjectiveSteps(robust, self._guard, self._means, self.accelerator)
-        self.add_callback(self._objective_steps)
+        self._monitor = TrainingMonitor(
+            self.accelerator,
+            robust,
+            skip_nonfinite=args.on_nonfinite == "skip",
+            reward_beta=args.reward_beta,
+            weighs_groups=args.weighs_groups,
+        )
+        self.add_callback(self._monitor.guard)
+        self.add_callback(self._monitor.objective_steps)
         self._window = self._make_window()
-        self._window_ids: list[str] = []
-        self._last_weights: tuple[Tensor, list[str]] | None = None
         self._evaluated: GroupTable | None = None
         if not args.disable_tqdm:
             self._print_lengths()
@@ -337,38 +337,16 @@ class RobustDPOTrainer(CheckpointedTrainer):
             output = self.preference_output(model, inputs)
             weighed = Weighed(output.loss, output, counts=True, solution=None)
         if model.training:
-            self._watch(weighed, inputs)
+            self._monitor.watch(weighed, inputs)
         loss = weighed.loss * divisor
         return (loss, weighed.output) if return_outputs else loss
-
-    def _watch(self, weighed: Weighed, batch: Batch) -> None:
-        """Metrics and checks of a micro-batch, and at the last one of a step those of the step."""
-        output, solution = weighed.output, weighed.solution
-        self._guard.watch(weighed.loss, output.group_losses, batch["ids"])
-        layout = layout_of(batch["group_sizes"], output.logps.device)
-        groups = seen_groups(batch, layout, output.logps, output.ref_logps)
-        metrics = group_metrics(groups, self._reward_beta)
-        if weighed.counts:
-            self._window_ids += batch["ids"]
-        else:
-            metrics = torch.full_like(metrics, float("nan"))
-        self._means.add(dict(zip(GROUP_METRICS, metrics.unbind(1), strict=True)))
-        if solution is not None:
-            # What is not finite counts as unknown.
-            known = {"loss": solution.value.where(solution.value.isfinite(), float("nan"))}
-            parameter = solution.parameter if self.args.weighs_groups else None
-            self._means.add(known | dict(solution.terms) | robust_metrics(solution.max_weight, solution.ess, parameter))
-            self._last_weights = solution.weights, self._window_ids
-            self._guard.watch_step(solution.value)
-            self._objective_steps.watch(solution.domain_losses)
-            self._step_loss = solution.value
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int | None]:
         """The micro-batches of the next optimizer step, as in transformers."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._window_ids = []
+        self._monitor.begin_step()
         return self._window.open(self.model_wrapped, batches, num_batches), items
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -379,7 +357,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         loss: Tensor = super().training_step(*args, **kwargs)
         if self._window.is_open:
             return torch.zeros_like(loss)
-        return self._step_loss.to(loss.dtype).nan_to_num(0.0, 0.0, 0.0)
+        return self._monitor.step_loss.to(loss.dtype).nan_to_num(0.0, 0.0, 0.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As in transformers; a norm that is not finite keeps the step from being taken.
@@ -388,9 +366,9 @@ class RobustDPOTrainer(CheckpointedTrainer):
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if isinstance(norm, Tensor):
-            self._guard.watch_norm(norm)
+            self._monitor.guard.watch_norm(norm)
         elif norm is not None and not self.args.fp16:
-            self._guard.watch_norm(torch.tensor(norm))
+            self._monitor.guard.watch_norm(torch.tensor(norm))
         return norm
 
     def worst_groups(self, count: int = 10) -> list[tuple[str, float]]:
@@ -398,11 +376,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
 
         The weights have sum 1 over the global batch; the groups are those of this process.
         """
-        if self._last_weights is None:
-            return []
-        weights, ids = self._last_weights
-        top = weights.topk(min(count, len(ids)))
-        return [(ids[index], weight) for index, weight in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        return self._monitor.worst_groups(count)
 
     def prediction_step(
         self,
@@ -427,7 +401,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
             output.predictions,
             self._evaluated,
             self.objective,
-            reward_beta=self._reward_beta,
+            reward_beta=self.args.reward_beta,
             weighs_groups=self.args.weighs_groups,
         )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()})
@@ -436,26 +410,21 @@ class RobustDPOTrainer(CheckpointedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; logs of training get the metrics gathered since the last one."""
         if "loss" in logs:
-            self._guard.report()
-            # transformers counts what is not finite as 0, and RunningMeans knows no mean of nothing.
-            logs = {**logs, "loss": float("nan"), **self._means.pop(self.accelerator)}
-            if self.args.on_nonfinite == "skip":
-                logs["robust/skipped_steps"] = self._guard.skipped_steps
-            if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("largest weights of the last step: %s", self.worst_groups())
+            # transformers counts what is not finite as 0.
+            logs = {**logs, **self._monitor.logs()}
         if "train_loss" in logs:
-            logs = {**logs, "train_loss": self._guard.mean_loss()}
+            logs = {**logs, "train_loss": self._monitor.guard.mean_loss()}
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in transformers; the training loss is the mean of the steps that were not left out."""
         output: TrainOutput = super().train(*args, **kwargs)
-        loss = self._guard.mean_loss()
+        loss = self._monitor.guard.mean_loss()
         return output._replace(training_loss=loss, metrics={**output.metrics, "train_loss": loss})
 
     def stateful_parts(self) -> dict[str, Stateful]:
         """The count of skipped steps, and the state of an objective that has one."""
-        parts: dict[str, Stateful] = {"skipped_steps": self._guard}
+        parts: dict[str, Stateful] = {"skipped_steps": self._monitor.guard}
         if isinstance(self.objective.robust, Stateful):
             parts["objective"] = self.objective.robust
         return parts
@@ -484,7 +453,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         return None if self.train_dataset is None else rows_fingerprint(self.train_dataset)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._guard.report()
+        self._monitor.guard.report()
         super()._save_checkpoint(model, trial)
 
 

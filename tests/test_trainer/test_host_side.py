@@ -108,7 +108,7 @@ def test_micro_batch_without_contents(
     assert loss.device.type == "meta"
     assert all(parameter.grad is not None for parameter in trainer.model.parameters())
     with pytest.raises((NotImplementedError, RuntimeError)):
-        trainer._means.pop(trainer.accelerator)
+        trainer._monitor.logs()
 
 
 def test_loader_keeps_workers_and_copies_without_waiting(make_trainer: Callable[..., Any]) -> None:
