@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from robust_dpo.checkpoints.record import RUN_FILE
-
 FILE_NAME = "robust_dpo_manifest.json"
 _FORMAT = 1
+# Of the files that this package adds to those of transformers.
+_PREFIX = "robust_dpo_"
 # The last file that transformers writes into a checkpoint: without it even one that has no manifest is not whole.
 _LAST_OF_TRANSFORMERS = "trainer_state.json"
 _BLOCK_BYTES = 1 << 20
@@ -48,7 +48,7 @@ def check(folder: Path) -> bool:
     except FileNotFoundError:
         if not (folder / _LAST_OF_TRANSFORMERS).is_file():
             raise BrokenCheckpoint(f"it has neither {FILE_NAME} nor {_LAST_OF_TRANSFORMERS}") from None
-        if (folder / RUN_FILE).is_file():
+        if any(folder.glob(f"{_PREFIX}*")):
             raise BrokenCheckpoint(f"its {FILE_NAME} is gone: it was being deleted") from None
         return False
     # Sizes first: they tell of nearly everything, at once.

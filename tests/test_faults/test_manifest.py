@@ -204,10 +204,15 @@ def test_the_last_one_is_used_where_an_older_one_was_being_deleted(
 ) -> None:
     """A kill in the middle of a rotation, after any number of files."""
     old = make_checkpoint(2)
-    files = sorted(path for path in old.rglob("*") if path.is_file())
-    random.shuffle(files)
+    for name in (RUN_FILE, "robust_dpo_state.pt"):
+        (old / name).write_bytes(b"of this package")
+    write_manifest(old)
+    # What is left of transformers' files alone cannot be told from a checkpoint of its own.
+    kept = random.choice([RUN_FILE, "robust_dpo_state.pt", FILE_NAME])
+    gone = sorted(path for path in old.rglob("*") if path.is_file() and path.name != kept)
+    random.shuffle(gone)
     last = make_checkpoint(4)
-    for path in files:
+    for path in gone:
         path.unlink()
         assert checkpoint_to_resume(True, tmp_path) == str(last)
         assert not caplog.records, "nobody has to know: it is older than what is used"

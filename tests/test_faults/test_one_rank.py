@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -84,7 +85,8 @@ def test_rank_that_cannot_write(
 ) -> None:
     run = Run(tmp_path / "run", options={**OPTIONS, **options})
     first, second = messages(run, rank, limit)
-    assert first == second
+    # Under FSDP each rank looks for itself how much is free.
+    assert re.sub(r"[\d,.]+ MB", "", first) == re.sub(r"[\d,.]+ MB", "", second)
     assert first.startswith(f"{run.folder / 'checkpoint-2'}: the checkpoint cannot be written (")
     assert not [*run.folder.glob("checkpoint-*")] and not (run.folder / ".incomplete").exists()
 
