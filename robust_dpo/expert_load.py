@@ -64,13 +64,15 @@ class RouterPass:
 
     Args:
         logits: [N, E] of each layer that has a router, N the places that the layer was given.
-        owners: [N] int64, the group of each place; `groups` for a place where no token is.
+        owners: [N] int64, the group of each place; any where its weight is 0.
+        weights: [N] int64, how many tokens stand in each place: K for a token that K responses share, 0 for none.
         groups: of the batch.
         top_k: how many experts a token is sent to.
     """
 
     logits: tuple[Tensor, ...]
     owners: Tensor
+    weights: Tensor
     groups: int
     top_k: int
 
@@ -78,13 +80,13 @@ class RouterPass:
     def load(self) -> ExpertLoad:
         """The load [G] of each group, detached. Reads nothing from the device."""
         experts, device = self.logits[0].shape[-1], self.owners.device
-        # A row more, which takes the places without a token.
-        sums = torch.zeros(self.groups + 1, 2 * experts, dtype=exact_dtype(device), device=device)
+        sums = torch.zeros(self.groups, 2 * experts, dtype=exact_dtype(device), device=device)
         for logits in self.logits:
             probabilities = _probabilities(logits)
             chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(self.top_k, dim=-1).indices, 1.0)
-            sums.index_add_(0, self.owners, torch.cat([chosen, probabilities], dim=1).to(sums.dtype))
-        chosen, probability = sums[:-1].split(experts, dim=-1)
+            each = torch.cat([chosen, probabilities], dim=1).to(sums.dtype)
+            sums.index_add_(0, self.owners, self._counted(each, self.weights[:, None]))
+        chosen, probability = sums.split(experts, dim=-1)
         return ExpertLoad(chosen, probability, chosen.sum(-1) / self.top_k)
 
     def weighted(self, slopes: Tensor) -> Tensor:
@@ -94,14 +96,18 @@ class RouterPass:
             slopes: [E] `load_slopes` of the whole batch, times whatever aux is multiplied with. Then the values of all
                 parts of the batch add up to aux, and the gradients to its gradient.
         """
-        real = self.owners < self.groups
         total = torch.zeros((), device=self.owners.device)
         for logits in self.logits:
             probabilities = _probabilities(logits)
             # No matrix product, which autocast would round.
             each = (probabilities * slopes.to(probabilities.dtype)).sum(-1)
-            total = total + each.where(real, 0.0).sum()
+            total = total + self._counted(each, self.weights).sum()
         return total
+
+    @staticmethod
+    def _counted(values: Tensor, weights: Tensor) -> Tensor:
+        """Values times weights, and 0 where the weight is, whatever stands there."""
+        return (values * weights).where(weights > 0, 0.0)
 
 
 def _probabilities(logits: Tensor) -> Tensor:

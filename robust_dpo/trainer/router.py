@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,38 +66,54 @@ def plan_router_loss(model: Any, coefficient: float | None, *, trial: bool) -> R
     return loss
 
 
-def router_pass(loss: RouterLoss, output: Any, owners: Tensor, groups: int) -> RouterPass:
+class CountedPlaces(NamedTuple):
+    """Which tokens of a batch count, so that it is the same ones in every layout.
+
+    Those of the padded batch: a prompt once for each of its responses, and every token of a response but the last,
+    which predicts nothing, so that packed rows do not run it.
+
+    Args:
+        owners: [R, T] int64, the group of each place of the rows; any where its weight is 0.
+        weights: [R, T] int64, how many of those tokens stand in it.
+    """
+
+    owners: Tensor
+    weights: Tensor
+
+
+def router_pass(loss: RouterLoss, output: Any, places: CountedPlaces, groups: int) -> RouterPass:
     """The routers of a forward pass with `output_router_logits=True`.
 
     Args:
         loss: of the run.
         output: of the model.
-        owners: [R, T] int64, the group of each place of the rows; `groups` where no token is.
+        places: of the rows that were run.
         groups: of the batch.
     """
-    rows, width = owners.shape
+    rows, width = places.owners.shape
     # Without the virtual tokens that prompt-learning adapters put in front.
     logits = [layer.unflatten(0, (rows, -1))[:, -width:].flatten(0, 1) for layer in _layers(output)]
-    return RouterPass(tuple(logits), owners.flatten(), groups, loss.top_k)
+    return RouterPass(tuple(logits), places.owners.flatten(), places.weights.flatten(), groups, loss.top_k)
 
 
-def padded_owners(attention_mask: Tensor, group_sizes: Tensor) -> Tensor:
-    """[S, T] int64, the group of each token of a padded batch; G where none is."""
-    groups = len(group_sizes)
-    numbers = torch.arange(groups, device=group_sizes.device)
+def padded_places(attention_mask: Tensor, group_sizes: Tensor) -> CountedPlaces:
+    """The tokens [S, T] of a padded batch."""
+    numbers = torch.arange(len(group_sizes), device=group_sizes.device)
     of_response = numbers.repeat_interleave(group_sizes, output_size=len(attention_mask)).to(attention_mask.device)
-    return of_response[:, None].where(attention_mask.bool(), groups)
+    real = attention_mask.long()
+    followed = real.cumsum(1) < real.sum(1, keepdim=True)
+    return CountedPlaces(of_response[:, None].expand_as(real), real * followed)
 
 
-def packed_owners(packed: PackedGroups) -> Tensor:
-    """[R, T] int64, the group of each token of packed rows; G where none is."""
-    groups, device = len(packed.group_sizes), packed.group_ids.device
-    owners = packed.group_ids
-    if not packed.shared:
-        # There a "group" of the layout is one response with its prompt.
-        of_response = [group for group, size in enumerate(packed.group_sizes.tolist()) for _ in range(size)]
-        owners = send(of_response, device)[owners.clamp(min=0)]
-    return owners.where(packed.group_ids >= 0, groups)
+def packed_places(packed: PackedGroups) -> CountedPlaces:
+    """The tokens [R, T] of packed rows."""
+    device, sizes = packed.group_ids.device, packed.group_sizes.tolist()
+    # A span is a group, or where prompts are not shared one response with its prompt.
+    owners = [group for group, size in enumerate(sizes) for _ in range(1 if packed.shared else size)]
+    responses = [len(span.responses) for span in packed.spans]
+    spans, prompt = packed.group_ids.clamp(min=0), packed.response_ids == 0
+    weights = send(responses, device)[spans].where(prompt, 1).where(packed.group_ids >= 0, 0)
+    return CountedPlaces(send(owners, device)[spans], weights)
 
 
 def _layers(output: Any) -> tuple[Tensor, ...]:
@@ -117,8 +133,9 @@ def _why_not(model: Any, loss: RouterLoss) -> str:
     layers, aux = _layers(output), getattr(output, "aux_loss", None)
     if not layers or aux is None:
         return "it gives no router_logits and aux_loss when asked for them"
-    owners = padded_owners(attention_mask, torch.tensor([3], device=device))
-    ours = float(load_balancing_loss(router_pass(loss, output, owners, 1).load().total()))
+    # All tokens, as the model counts them.
+    places = CountedPlaces(torch.zeros_like(input_ids), attention_mask)
+    ours = float(load_balancing_loss(router_pass(loss, output, places, 1).load().total()))
     allowed = _ROUNDINGS * max(torch.finfo(layers[0].dtype).eps, _SMALLEST_EPS)
     if math.isclose(ours, float(aux), rel_tol=allowed):
         return ""

@@ -13,7 +13,7 @@ from robust_dpo.layout import LayoutPlan, PackedGroups, groups_of
 from robust_dpo.layout.choice import PADDED, model_output
 from robust_dpo.layout.packing import IGNORED
 from robust_dpo.trainer.head import capture_head_input, linear_head
-from robust_dpo.trainer.router import RouterLoss, packed_owners, padded_owners, router_pass
+from robust_dpo.trainer.router import CountedPlaces, RouterLoss, packed_places, padded_places, router_pass
 from robust_dpo.trainer.self_check import HeadCheck
 
 Batch = dict[str, Any]
@@ -113,14 +113,13 @@ class SequenceScorer:
         else:
             output = model_output(model, batch["packed"], self.layout, **options)
         if router is not None and routers is not None:
-            routers.append(router_pass(router, output, self._owners(batch), len(batch["group_sizes"])))
+            routers.append(router_pass(router, output, self._places(batch), len(batch["group_sizes"])))
         return output
 
-    def _owners(self, batch: Batch) -> Tensor:
-        """[R, T] the group of each token that is run, as `router_pass` takes it."""
+    def _places(self, batch: Batch) -> CountedPlaces:
         if self.layout.kind == "padded":
-            return padded_owners(batch["attention_mask"], batch["group_sizes"])
-        return packed_owners(batch["packed"])
+            return padded_places(batch["attention_mask"], batch["group_sizes"])
+        return packed_places(batch["packed"])
 
     def _predicting(self, values: Tensor, batch: Batch) -> Tensor:
         """[S, T, ...] of a padded batch, [N, ...] of a packed one: one row per token that `_targets` names."""

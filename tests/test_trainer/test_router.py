@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from robust_dpo.data import PreferenceCollator
 from robust_dpo.expert_load import RouterPass, load_balancing_loss, load_slopes
 from robust_dpo.layout import plan_layout
-from robust_dpo.trainer.router import RouterLoss, plan_router_loss
+from robust_dpo.trainer.router import RouterLoss, padded_places, plan_router_loss
 from robust_dpo.trainer.scoring import SequenceScorer
 from robust_dpo.trainer.self_check import HeadCheck, check_head
 
@@ -46,6 +46,7 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "phimoe": ("PhimoeConfig", {**_LOCAL, "sliding_window": None}, "group"),
     "gpt-oss": ("GptOssConfig", {**_LOCAL, "head_dim": 8, "rope_parameters": _ROPE}, "padded"),
 }
+MIXED = (2, 3, 1)
 
 
 def build(family: str, seed: int = 0, **fields: Any) -> Any:
@@ -61,20 +62,24 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def _rows(generator: torch.Generator) -> list[dict[str, Any]]:
-    """Tokenised groups of 2, 3 and 1 responses."""
+def _rows(generator: torch.Generator, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Tokenised groups of so many responses, of one token and more."""
 
     def tokens(count: int) -> list[int]:
         return torch.randint(3, 97, (count,), generator=generator).tolist()
 
     return [
-        {"id": str(index), "prompt_ids": tokens(3 + index), "response_ids": [tokens(2 + each) for each in range(size)]}
-        for index, size in enumerate((2, 3, 1))
+        {
+            "id": str(index),
+            "prompt_ids": tokens(3 + index),
+            "response_ids": [tokens(1 + index + 2 * each) for each in range(size)],
+        }
+        for index, size in enumerate(sizes)
     ]
 
 
 def _scored(
-    model: Any, layout: str, *, fused: bool = True, row_tokens: int | None = None, wrapped: Any = None
+    model: Any, layout: str, sizes: tuple[int, ...] = MIXED, *, fused: bool = True, row_tokens: int | None = None
 ) -> tuple[SequenceScorer, dict[str, Any], Tensor, RouterPass]:
     """The scorer, a batch of `_rows`, their log-probs and their routers."""
     check = check_head(model)
@@ -83,9 +88,9 @@ def _scored(
     plan = plan_layout(model, layout, row_tokens=row_tokens)
     assert plan.kind == layout, plan.reason
     scorer = SequenceScorer(check, layout=plan, router=plan_router_loss(model, None, trial=True))
-    batch = PreferenceCollator(0).for_layout(plan)(_rows(torch.Generator().manual_seed(1)))
+    batch = PreferenceCollator(0).for_layout(plan)(_rows(torch.Generator().manual_seed(1), sizes))
     routers: list[RouterPass] = []
-    logps = scorer.logps(model if wrapped is None else wrapped, batch, routers)
+    logps = scorer.logps(model, batch, routers)
     (one,) = routers
     return scorer, batch, logps, one
 
@@ -99,13 +104,21 @@ def test_the_families_train_in_the_fastest_way(family: str) -> None:
 
 
 def test_padded_batches_have_the_aux_loss_of_the_model(family: str) -> None:
-    """And its gradient, from the slopes in the probabilities."""
+    """Where it is told to leave out the last token of each response; and its gradient, from our slopes."""
     model = build(family).double().train()
-    _, batch, _, routers = _scored(model, "padded")
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    scorer, batch, _, _ = _scored(model, "padded")
+    seen: list[RouterPass] = []
+    # Phi's routers draw experts in training: both passes are to draw the same.
+    torch.manual_seed(0)
+    scorer.logps(model, batch, seen)
+    (routers,) = seen
+    counted = _followed(batch["attention_mask"])
+    torch.manual_seed(0)
+    # What no token sees may be hidden.
+    output = model(input_ids=batch["input_ids"], attention_mask=counted, use_cache=False)
     load = routers.load().total()
     layers = sum(1 for _ in output.router_logits)
-    assert float(load.tokens) == layers * int(batch["attention_mask"].sum())
+    assert float(load.tokens) == layers * int(counted.sum())
     torch.testing.assert_close(load_balancing_loss(load).float(), output.aux_loss.detach(), rtol=1e-5, atol=0)
     slopes = load_slopes(load)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -120,38 +133,53 @@ def test_padded_batches_have_the_aux_loss_of_the_model(family: str) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), MIXED], ids=["pairs", "mixed"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-shared-expert"])
 @pytest.mark.parametrize("layout", ["group", "packed"])
-@pytest.mark.parametrize("row_tokens", [None, 20], ids=["one-row", "rows-with-gaps"])
-def test_packed_rows_count_every_token_that_is_run_once(layout: str, fused: bool, row_tokens: int | None) -> None:
-    """A prompt once per group, or once per response; never the last token of a response, which predicts nothing."""
-    model = build("mixtral").double()
-    _, _, logps, routers = _scored(model, layout, fused=fused, row_tokens=row_tokens)
-    rows = _rows(torch.Generator().manual_seed(1))
-    for row, tokens in zip(rows, routers.load().tokens.tolist(), strict=True):
-        prompts = 1 if layout == "group" else len(row["response_ids"])
-        run = prompts * len(row["prompt_ids"]) + sum(len(response) - 1 for response in row["response_ids"])
-        assert tokens == 2 * run
-    _, padded, expected, by_token = _scored(model, "padded", fused=fused)
+@pytest.mark.parametrize(("fused", "row_tokens"), [(True, None), (False, 24)], ids=["one-row", "logits-rows-with-gaps"])
+def test_every_layout_has_the_same_aux_loss(
+    layout: str, family: str, sizes: tuple[int, ...], fused: bool, row_tokens: int | None
+) -> None:
+    """Loads of each group, value, and its gradient in all weights."""
+    model = build(family).double()
+    _, _, logps, packed = _scored(model, layout, sizes, fused=fused, row_tokens=row_tokens)
+    _, _, expected, padded = _scored(model, "padded", sizes, fused=fused)
     torch.testing.assert_close(logps, expected)
-    # The same places of padded rows: those tokens, and of a shared prompt those of its first response.
-    keep = padded["attention_mask"].bool() & _followed(padded["attention_mask"]).bool()
-    if layout == "group":
-        first = torch.tensor([0, 2, 5])
-        prompt = (padded["labels"] == -100) & ~torch.isin(torch.arange(6), first)[:, None]
-        keep &= ~prompt
-    same = RouterPass(by_token.logits, by_token.owners.where(keep.flatten(), 3), 3, 2)
-    torch.testing.assert_close(routers.load().to_tensor(), same.load().to_tensor())
-    slopes = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
-    torch.testing.assert_close(routers.weighted(slopes), same.weighted(slopes))
-    weight = model.model.layers[0].mlp.gate.weight
-    mine, theirs = (torch.autograd.grad(each.weighted(slopes), weight)[0] for each in (routers, same))
-    # The model takes rotations, norms and softmaxes in float32.
-    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    loads = [routers.load() for routers in (packed, padded)]
+    torch.testing.assert_close(loads[0].to_tensor(), loads[1].to_tensor())
+    values, gradients = [], []
+    parameters = [*model.parameters()]
+    for routers, load in zip((packed, padded), loads, strict=True):
+        values.append(routers.weighted(load_slopes(load.total())))
+        gradients.append(torch.autograd.grad(values[-1], parameters, allow_unused=True))
+    torch.testing.assert_close(values[0], values[1])
+    torch.testing.assert_close(values[0], load_balancing_loss(loads[0].total()), check_dtype=False)
+    assert sum(bool(gradient is not None and gradient.any()) for gradient in gradients[0]) > 3
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            # The model takes rotations, norms and softmaxes in float32.
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", ["group", "packed", "padded"])
+def test_a_prompt_counts_for_each_response_and_the_last_token_never(layout: str) -> None:
+    routers = _scored(build("mixtral"), layout)[-1]
+    rows = _rows(torch.Generator().manual_seed(1), MIXED)
+    for row, tokens in zip(rows, routers.load().tokens.tolist(), strict=True):
+        assert tokens == 2 * sum(len(row["prompt_ids"]) + len(response) - 1 for response in row["response_ids"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_the_last_token_is_found_wherever_padding_is(dtype: torch.dtype) -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1]])
+    places = padded_places(mask.to(dtype), torch.tensor([1, 3]))
+    assert places.owners.tolist() == [[0] * 4, [1] * 4, [1] * 4, [1] * 4]
+    assert places.weights.tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 0]]
 
 
 def _followed(mask: Tensor) -> Tensor:
-    """[S, T] whether another token follows."""
+    """[S, T] int64, whether another token follows, of padding on the right."""
     return torch.nn.functional.pad(mask[:, 1:], (0, 1))
 
 
@@ -188,7 +216,7 @@ def test_virtual_tokens_of_an_adapter_are_not_counted() -> None:
     virtual = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = get_peft_model(build("mixtral"), virtual)
     _, batch, _, routers = _scored(model, "padded")
-    assert float(routers.load().total().tokens) == 2 * int(batch["attention_mask"].sum())
+    assert float(routers.load().total().tokens) == 2 * int(_followed(batch["attention_mask"]).sum())
 
 
 def test_a_copy_that_is_not_trained_has_no_routers() -> None:

@@ -66,6 +66,13 @@ def _weights(trainer: Any) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 
 
+def _aux_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """That of transformers, with the last token of each response hidden, which none sees."""
+    followed = torch.nn.functional.pad(batch["attention_mask"][:, 1:], (0, 1))
+    aux_loss: Tensor = model(input_ids=batch["input_ids"], attention_mask=followed).aux_loss
+    return aux_loss
+
+
 def by_the_formula(
     model: nn.Module, reference: nn.Module, batches: list[dict[str, Any]], logps: Any, per_step: int = 1
 ) -> tuple[dict[str, Tensor], list[float], list[float]]:
@@ -86,7 +93,7 @@ def by_the_formula(
             ratios = (logps(model, batch) - anchor).view(-1, 2)
             scores = batch["calibration"].double() * -logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1])) / LAMBDA
             robust = LAMBDA * (scores.logsumexp(0) - torch.tensor(float(len(scores))).log())
-            aux = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
+            aux = _aux_loss(model, batch)
             parts.append((robust + COEFFICIENT * aux, aux))
         loss, aux = (torch.stack(each).mean() for each in zip(*parts, strict=True))
         loss.backward()
@@ -99,13 +106,14 @@ def by_the_formula(
     return {name: value.detach().float() for name, value in model.named_parameters()}, losses, balances
 
 
+@pytest.mark.parametrize("layout", ["group", "packed", "padded"])
 def test_every_cut_is_the_formula_on_the_global_batch(
-    train: Any, experts: Any, whole_batch: Any, response_logps: Any, caplog: pytest.LogCaptureFixture
+    layout: str, train: Any, experts: Any, whole_batch: Any, response_logps: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the aux_loss that transformers computes for the whole padded batch."""
+    """With the aux_loss that transformers computes for the whole padded batch, in whatever layout we train."""
     for size, accumulation in LAYOUTS:
         with caplog.at_level(logging.WARNING):
-            trainer = train(size, accumulation, layout="padded")
+            trainer = train(size, accumulation, layout=layout)
         assert "the auxiliary loss of its routers couples all tokens of a step" in caplog.text
         batches = [whole_batch(trainer)] * STEPS
         expected, losses, balances = by_the_formula(experts(), experts(seed=1), batches, response_logps)
@@ -181,10 +189,9 @@ def test_evaluation_is_over_the_whole_data_set(layout: str, train: Any, build_ro
         results.append(trainer.evaluate())
     for metric in ("eval_loss", "eval_aux_loss"):
         assert results[1][metric] == pytest.approx(results[0][metric], rel=1e-5)
-    if layout == "padded":
-        batch = trainer.data_collator([*trainer.eval_dataset])
-        output = experts().eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        assert results[0]["eval_aux_loss"] == pytest.approx(float(output.aux_loss.detach()), rel=1e-5)
+    batch = trainer.data_collator([*trainer.eval_dataset])
+    expected = float(_aux_loss(experts().eval(), batch).detach())
+    assert results[0]["eval_aux_loss"] == pytest.approx(expected, rel=1e-5)
     plain = train(layout=layout, eval_dataset=rows, router_aux_loss_coef=0.0, learning_rate=0.0).evaluate()
     assert results[0]["eval_loss"] == pytest.approx(
         plain["eval_loss"] + COEFFICIENT * results[0]["eval_aux_loss"], rel=1e-5
