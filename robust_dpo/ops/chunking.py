@@ -8,10 +8,11 @@ import torch
 
 from robust_dpo.checks import Interval, check_number
 
-# A chunk reads the weight twice and its fp32 gradient is read and written once: 20 V H bytes beside 6 V H operations for
-# each row. From some 256 rows on a CPU no longer sees that, and more rows only take more memory, pages of which the
-# system has to clear. A group is worth more: one that does not fit is run forward twice.
-CPU_ROWS, CPU_BYTES = 384, 128 << 20
+# A chunk reads the weight twice and its fp32 gradient is read and written once: 12 to 16 bytes for each element of the
+# head, beside 6 operations for each of its rows. From 256 fp32 or 512 bf16 rows on a CPU no longer sees that, and more
+# rows are only more memory, whose pages the system has to clear. A group is worth more: one that does not fit is run
+# forward twice.
+CPU_COLUMN_BYTES, CPU_BYTES = 1024, 128 << 20
 # A GPU wants 4,096 rows: each chunk reads and writes the fp32 weight gradient once. A large vocabulary on a small GPU
 # has fewer, so that logits take no more than this part of its memory.
 GPU_ROWS, GPU_SHARE = 4096, 16
@@ -46,4 +47,5 @@ def chunk_rows(vocab: int, dtype: torch.dtype, device: torch.device, chunk_bytes
     else:
         budget = CPU_BYTES if on_cpu else ELSEWHERE_BYTES
     most = max(1, min(max(MIN_ROWS, budget // row_bytes), rows))
-    return ChunkRows(min(CPU_ROWS, most) if on_cpu and chunk_bytes is None else most, most)
+    usual = CPU_COLUMN_BYTES // dtype.itemsize if on_cpu and chunk_bytes is None else most
+    return ChunkRows(min(usual, most), most)
