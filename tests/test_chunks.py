@@ -70,9 +70,9 @@ def test_a_group_of_more_than_the_usual_rows_is_seen_once(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(grouped_head.GroupedHead, "_log_probs", watched)
     monkeypatch.setattr(chunking, "CPU_COLUMN_BYTES", 8 * torch.float32.itemsize)
-    lengths = [1, 2, 15, 15, 2, 1]
     hidden, weight = torch.randn(36, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
-    linear_preference_loss(hidden, weight, torch.randint(50, (36,)), seq_lens=torch.tensor(lengths)).loss.backward()
+    lengths, targets = torch.tensor([1, 2, 15, 15, 2, 1]), torch.randint(50, (36,))
+    linear_preference_loss(hidden, weight, targets, seq_lens=lengths, ref_logps=torch.zeros(6)).loss.backward()
     assert seen == [3, 30, 3]
 
 
