@@ -46,9 +46,10 @@ struct HeadBackwardOutputs {
     const float* lse;           // [rows], of the forward pass
     const float* coefficients;  // [rows], ∂L/∂logp with the sign of softmax − onehot
     float* grad_x;              // [rows, hidden], overwritten, or null
-    float* grad_weight;         // [vocab, hidden], added to, row stride grad_weight_stride, or null
+    float* grad_weight;         // [vocab, hidden], row stride grad_weight_stride, or null
     float* grad_bias;           // [vocab], added to, or null
     int64_t grad_x_stride, grad_weight_stride;
+    bool overwrites_weight;  // whether grad_weight is overwritten, and not added to
 };
 
 // One translation unit for each dtype and instruction set.

@@ -237,6 +237,7 @@ private:
             for (int64_t s = 0; s * kStrip < count; ++s) {
                 const int64_t column = first + s * kStrip, valid_rows = std::min<int64_t>(kStrip, in_.vocab - column);
                 float* to = out_.grad_weight + column * out_.grad_weight_stride + panel * kPanel;
+                const bool adds = begin > 0 || !out_.overwrites_weight;
                 // Read once per chunk, from memory: on its way while the products are summed.
                 for (int64_t m = 0; m < valid_rows; ++m)
                     for (int v = 0; v < kVectors; ++v) __builtin_prefetch(to + m * out_.grad_weight_stride + v * kLanes, 1);
@@ -250,7 +251,8 @@ private:
                     for (int v = 0; v < kVectors; ++v) {
                         const __mmask16 mask = v == kVectors - 1 ? last : __mmask16{0xffff};
                         float* at = to + m * out_.grad_weight_stride + v * kLanes;
-                        _mm512_mask_storeu_ps(at, mask, S::add(_mm512_maskz_loadu_ps(mask, at), sum[m][v]));
+                        const __m512 before = adds ? _mm512_maskz_loadu_ps(mask, at) : _mm512_setzero_ps();
+                        _mm512_mask_storeu_ps(at, mask, S::add(before, sum[m][v]));
                     }
             }
         }

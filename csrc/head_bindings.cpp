@@ -47,10 +47,10 @@ void forward(const HeadInputs& in, bool bf16, uintptr_t logp, uintptr_t lse, uin
 
 void backward(const HeadInputs& in, bool bf16, const HeadTile& tile, uintptr_t lse, uintptr_t coefficients,
               uintptr_t grad_x, int64_t grad_x_stride, uintptr_t grad_weight, int64_t grad_weight_stride,
-              uintptr_t grad_bias) {
+              uintptr_t grad_bias, bool overwrites_weight) {
     const HeadBackwardOutputs out{pointer<const float>(lse), pointer<const float>(coefficients), pointer<float>(grad_x),
                                   pointer<float>(grad_weight), pointer<float>(grad_bias), grad_x_stride,
-                                  grad_weight_stride};
+                                  grad_weight_stride, overwrites_weight};
     const py::gil_scoped_release release;
     (bf16 ? kBackwardBf16 : head_backward_avx512)(in, tile, out);
 }
@@ -70,7 +70,8 @@ void bind_linear_head(py::module_& m) {
           py::arg("bf16"), py::arg("logp"), py::arg("lse"), py::arg("entropy"), py::arg("tile"));
     m.def("head_backward", &backward, "See csrc/head.h; addresses as integers, 0 for none.", py::arg("inputs"),
           py::kw_only(), py::arg("bf16"), py::arg("tile"), py::arg("lse"), py::arg("coefficients"), py::arg("grad_x"),
-          py::arg("grad_x_stride"), py::arg("grad_weight"), py::arg("grad_weight_stride"), py::arg("grad_bias"));
+          py::arg("grad_x_stride"), py::arg("grad_weight"), py::arg("grad_weight_stride"), py::arg("grad_bias"),
+          py::arg("overwrites_weight"));
 }
 #else
 void bind_linear_head(py::module_&) {}

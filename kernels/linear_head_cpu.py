@@ -147,6 +147,7 @@ def head_backward(
     grad_x: Tensor | None = None,
     grad_weight: Tensor | None = None,
     grad_bias: Tensor | None = None,
+    overwrite_weight: bool = False,
 ) -> None:
     """Gradients of -Σ_i coefficients[i] * logp[i].
 
@@ -158,9 +159,10 @@ def head_backward(
         lse: [n] fp32, of `head_forward`.
         coefficients: [n], taken as fp32.
         grad_x: [n, H] fp32, overwritten with g W.
-        grad_weight: [V, H] fp32, gᵀ x is added.
+        grad_weight: [V, H] fp32, gᵀ x is added, or with `overwrite_weight` takes the place of what is there.
         grad_bias: [V] fp32 contiguous, Σ g is added.
-        Any of the three may be None and is then not computed. The others are as for `head_forward`.
+        Any of the three may be None and is then not computed. The others are as for `head_forward`. Without rows
+            nothing is touched.
 
     Raises:
         ValueError: a shape, dtype, device or layout is wrong.
@@ -188,6 +190,7 @@ def head_backward(
         grad_weight=_address(grad_weight),
         grad_weight_stride=0 if grad_weight is None else grad_weight.stride(0),
         grad_bias=_address(grad_bias),
+        overwrites_weight=overwrite_weight,
     )
 
 

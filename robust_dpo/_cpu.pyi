@@ -58,6 +58,7 @@ def head_backward(
     grad_weight: int,
     grad_weight_stride: int,
     grad_bias: int,
+    overwrites_weight: bool,
 ) -> None: ...
 def group_losses() -> list[tuple[str, list[str]]]: ...
 def group_epilogue(

@@ -40,6 +40,7 @@ def head_arguments(problem: Problem, objective: str, **changes: Any) -> tuple[An
         "logit_scale": 1.0,
         "compute_dtype": problem.hidden.dtype,
         "tile_dtype": None,
+        "usual_rows": 16,
         "max_rows": 16,
         "backend": "auto",
         "needs_hidden": problem.hidden.requires_grad,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robust_dpo.ops import batch_layout, host
 from robust_dpo.ops.batch_layout import BatchLayout
+from robust_dpo.ops.chunking import ChunkRows
 from robust_dpo.ops.grouped_head import GroupedHead, GroupedResult, Reference
 from robust_dpo.ops.head import HeadWeights
 from robust_dpo.ops.objective import Objective
@@ -41,7 +42,7 @@ def solve(layout: BatchLayout, robust: RobustObjective, loss: Any, reference: st
         "live": Reference(head, hidden),
     }[reference]
     scores = torch.zeros(len(LENGTHS), device=DEVICE)
-    run = GroupedHead(head, hidden, layout, given, scores, max_rows=8, backend="auto", tile_dtype=None)
+    run = GroupedHead(head, hidden, layout, given, scores, rows=ChunkRows(8, 8), backend="auto", tile_dtype=None)
     return run.solve(Objective.resolve(loss, None, {}, robust), None, hidden=True, weight=True, bias=True)
 
 

@@ -14,6 +14,7 @@ from robust_dpo.kernels.group_epilogue import EpilogueVectors
 from robust_dpo.kernels.row_logprob import RowLogprob
 from robust_dpo.ops.batch_layout import BatchLayout
 from robust_dpo.ops.choose_head import choose_head
+from robust_dpo.ops.chunking import ChunkRows
 from robust_dpo.ops.epilogue import Epilogue, choose_epilogue
 from robust_dpo.ops.head import HeadGradients, HeadWeights
 from robust_dpo.ops.objective import Objective
@@ -71,7 +72,7 @@ class GroupedHead:
         layout: of its rows and groups.
         reference: live, cached as log-probs [S], or None.
         scores: [S] or None.
-        max_rows: of a chunk.
+        rows: of a chunk.
         backend: of the head.
         tile_dtype: of the logits.
     """
@@ -84,14 +85,14 @@ class GroupedHead:
         reference: Reference | Tensor | None,
         scores: Tensor | None,
         *,
-        max_rows: int,
+        rows: ChunkRows,
         backend: str,
         tile_dtype: torch.dtype | None,
     ) -> None:
         self._head, self._hidden, self._layout = head, hidden, layout
         self._reference = reference if isinstance(reference, Reference) else None
         self._backend, self._tile_dtype = backend, tile_dtype or head.weight.dtype
-        self._chunks = cut_groups(layout.rows, layout.sizes, max_rows)
+        self._chunks = cut_groups(layout.rows, layout.sizes, rows)
         largest = max((stop - start for chunk in self._chunks for start, stop in chunk.pieces), default=1)
         self._engine = choose_head(head.weight, max(1, largest), backend=backend, tile_dtype=tile_dtype)
         self._vectors = _allocate_vectors(layout, reference, scores, head.accumulation_dtype)
@@ -111,6 +112,8 @@ class GroupedHead:
         )
         factor = v.logps.new_ones(())
         if gradients.wanted and tilt is not None:
+            if math.isinf(tilt.temperature) and log_normalizer is None:
+                self._normalize_equal_weights()
             shift = self._accumulate(epilogue, tilt, gradients)
             solution = objective.solve(v.losses, v.calibration, log_normalizer)
             normalizer = solution.log_partition if log_normalizer is None else log_normalizer
@@ -144,6 +147,11 @@ class GroupedHead:
             if gradients.hidden_factors is None
             else self._rows.spread(gradients.hidden_factors, shape[:-1]),
         )
+
+    def _normalize_equal_weights(self) -> None:
+        """Where all scores are 0 their sum is known before the first chunk: no factor is left for the gradients."""
+        assert self._vectors.state is not None
+        self._vectors.state[0] = math.log(len(self._vectors.losses))
 
     def _accumulate(self, epilogue: Epilogue, tilt: ExponentialTilt, gradients: HeadGradients) -> Tensor:
         """One pass over the chunks with weights e^{s − shift}, since Σ e^s is known only at its end.

@@ -15,7 +15,7 @@ from robust_dpo.ops import inputs
 from robust_dpo.ops.autocast import autocast_dtype, autocast_off
 from robust_dpo.ops.batch_layout import BatchLayout
 from robust_dpo.ops.choose_head import hidden_gradient_dtype
-from robust_dpo.ops.chunking import chunk_rows
+from robust_dpo.ops.chunking import ChunkRows, chunk_rows
 from robust_dpo.ops.custom_op import custom_op
 from robust_dpo.ops.grouped_head import GroupedHead, GroupedResult, Reference
 from robust_dpo.ops.head import HeadWeights
@@ -92,7 +92,8 @@ def linear_preference_loss(
         backend: "auto", or one that must be used: "torch", "cpu", "triton" (no float64), or a registered one.
         tile_dtype: dtype in which logits meet the softmax: torch.float32, the inputs' own, or None for the accurate one
             where it is cheap.
-        chunk_bytes: memory for the logits of a chunk; None takes the default of the device.
+        chunk_bytes: memory for the logits of a chunk; None takes the default of the device, which is more where a
+            single group would not fit otherwise.
         **loss_options: options of the loss, such as `label_smoothing`.
 
     Returns:
@@ -137,7 +138,7 @@ def linear_preference_loss(
                 logit_scale,
                 compute_dtype,
                 tile_dtype,
-                chunk_rows(weight.shape[0], tile_dtype or compute_dtype, device, chunk_bytes, rows),
+                *chunk_rows(weight.shape[0], tile_dtype or compute_dtype, device, chunk_bytes, rows),
                 backend_name(backend),
                 live and hidden.requires_grad,
                 live and weight.requires_grad,
@@ -204,6 +205,7 @@ def _operator(
     logit_scale: float,
     compute_dtype: torch.dtype,
     tile_dtype: torch.dtype | None,
+    usual_rows: int,
     max_rows: int,
     backend: str,
     needs_hidden: bool,
@@ -228,9 +230,8 @@ def _operator(
         if ref_hidden is not None and ref_weight is not None:
             ref_head = HeadWeights.prepare(ref_weight, compute_dtype, ref_bias, softcap, logit_scale)
             reference = Reference(ref_head, ref_hidden)
-        run = GroupedHead(
-            head, hidden, layout, reference, scores, max_rows=max_rows, backend=backend, tile_dtype=tile_dtype
-        )
+        rows = ChunkRows(usual_rows, max_rows)
+        run = GroupedHead(head, hidden, layout, reference, scores, rows=rows, backend=backend, tile_dtype=tile_dtype)
         return run.solve(named(objective), log_normalizer, needs_hidden, needs_weight, needs_bias)
 
 
@@ -245,7 +246,7 @@ def _fake(
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    compute_dtype, tile_dtype, _, backend, needs_hidden, needs_weight, needs_bias = rest[-7:]
+    compute_dtype, tile_dtype, _, _, backend, needs_hidden, needs_weight, needs_bias = rest[-8:]
     dtype = torch.promote_types(compute_dtype, torch.float32)
     responses = hidden.shape[0] if seq_lens is None else seq_lens.shape[0]
     groups = group_sizes.shape[0] if group_sizes is not None else responses // (group_size or 1)
@@ -274,7 +275,7 @@ def _fake(
     )
 
 
-_INPUTS = 24
+_INPUTS = 25
 _GRADIENTS = {7: 0, 8: 1, 9: 6}  # output of the operator: the input whose gradient it is
 
 

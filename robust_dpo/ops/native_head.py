@@ -13,6 +13,8 @@ from robust_dpo.ops.head import HeadGradients, HeadWeights, LinearHead
 class NativeHead(LinearHead):
     """Products and softmax in one kernel each way. Logits stay in fp32 registers; only their exponentials are kept."""
 
+    overwrites_weight = True
+
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._tile: native.Tile | None = None
@@ -48,6 +50,8 @@ class NativeHead(LinearHead):
         gradients: HeadGradients,
         start: int,
     ) -> None:
+        if len(x) == 0:
+            return
         assert self._tile is not None, "backward needs a forward with keep=True"
         rows = slice(start, start + len(x))
         if gradients.hidden_factors is not None:
@@ -65,7 +69,9 @@ class NativeHead(LinearHead):
             grad_x=None if gradients.hidden is None else gradients.hidden[rows],
             grad_weight=gradients.weight,
             grad_bias=gradients.bias,
+            overwrite_weight=gradients.weight_is_empty,
         )
+        gradients.weight_is_empty = False
 
     def release(self) -> None:
         self._tile = None

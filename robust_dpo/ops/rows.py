@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from robust_dpo.ops.chunking import ChunkRows
 from robust_dpo.ops.precision import exact_dtype
 
 
@@ -91,7 +92,7 @@ class ResponseRows:
 class Chunk:
     """Whole groups first_group … last_group − 1, with their responses and rows, in row ranges of the chunk size.
 
-    `pieces` is one range, unless a single group is larger than the chunk size.
+    `pieces` is one range, unless a single group is larger than any chunk may be.
     """
 
     groups: tuple[int, int]
@@ -113,8 +114,8 @@ def cut_rows(start: int, stop: int, size: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairwise(bounds))
 
 
-def cut_groups(rows: ResponseRows, group_sizes: list[int], size: int) -> list[Chunk]:
-    """Chunks of whole groups with at most `size` rows; a larger group has a chunk of its own, in pieces.
+def cut_groups(rows: ResponseRows, group_sizes: list[int], size: ChunkRows) -> list[Chunk]:
+    """Chunks of whole groups with at most the usual rows; a larger group has a chunk of its own, cut where it must be.
 
     As few as possible and nearly equal: for its weight gradient a short one at the end costs as much as a full one.
     """
@@ -124,14 +125,14 @@ def cut_groups(rows: ResponseRows, group_sizes: list[int], size: int) -> list[Ch
         first_group, first_sequence = group, sequence
         start = rows.offsets[sequence]
         left = rows.count - start
-        share = left / max(1, -(-left // size))
+        share = left / max(1, -(-left // size.usual))
         while group < len(group_sizes):
             stop = rows.offsets[sequence + group_sizes[group]]
             begun = group > first_group
-            if begun and (stop - start > size or rows.offsets[sequence] - start >= share):
+            if begun and (stop - start > size.usual or rows.offsets[sequence] - start >= share):
                 break
             sequence += group_sizes[group]
             group += 1
-        pieces = cut_rows(start, rows.offsets[sequence], size)
+        pieces = cut_rows(start, rows.offsets[sequence], size.most)
         chunks.append(Chunk((first_group, group), (first_sequence, sequence), pieces))
     return chunks

@@ -22,8 +22,13 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def product(gradient: Tensor, factor: Tensor, dtype: torch.dtype, *, reuse: bool) -> Tensor:
-    """The gradient times a factor, read once, rounded once to `dtype`; with `reuse`, in its own memory if it can be."""
+    """The gradient times a factor, read once, rounded once to `dtype`; with `reuse`, in its own memory if it can be.
+
+    Then a factor of 1 is nothing to do, where the host can see it for free.
+    """
     fits = reuse and gradient.dtype == dtype
+    if fits and factor.ndim == 0 and factor.device.type == "cpu" and factor == 1:
+        return gradient
     return torch.mul(gradient, factor, out=gradient if fits else torch.empty_like(gradient, dtype=dtype))
 
 

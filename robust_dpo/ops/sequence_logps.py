@@ -74,7 +74,7 @@ def sequence_logps(
     softcap, logit_scale = inputs.check_logit_transform(softcap, logit_scale)
     dtype = autocast_dtype(hidden, weight)
     tile_dtype = inputs.check_tile_dtype(tile_dtype, dtype)
-    max_rows = chunk_rows(weight.shape[0], tile_dtype or dtype, hidden.device, chunk_bytes, targets.numel())
+    max_rows = chunk_rows(weight.shape[0], tile_dtype or dtype, hidden.device, chunk_bytes, targets.numel()).usual
     backend = backend_name(backend)
     result = _forward(
         hidden, weight, targets, seq_lens, bias, softcap, logit_scale, dtype, tile_dtype, max_rows, backend, entropy
@@ -117,7 +117,7 @@ def sequence_logps_from_logits(
         raise argument_error("logits", "shape [B, T, V] or [N, V] with V > 0", list(logits.shape))
     inputs.check_targets(targets, logits.shape[:-1], seq_lens, logits.device, "logits")
     softcap, logit_scale = inputs.check_logit_transform(softcap, logit_scale)
-    max_rows = chunk_rows(logits.shape[-1], logits.dtype, logits.device, chunk_bytes, targets.numel())
+    max_rows = chunk_rows(logits.shape[-1], logits.dtype, logits.device, chunk_bytes, targets.numel()).usual
     backend = backend_name(backend)
     logps, token_logps, entropies, _ = logits_logps(
         logits, targets, seq_lens, softcap, logit_scale, max_rows, backend, entropy

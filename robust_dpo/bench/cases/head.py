@@ -185,7 +185,7 @@ class _Exact:
 def result_bytes(problem: Problem, device: torch.device) -> int:
     """Bytes that a single pass needs above its inputs: both gradients, one chunk of logits, and the fp32 sum of dW."""
     count, weight = problem.targets.numel(), problem.weight
-    chunk = chunk_rows(len(weight), problem.dtype, device, None, count) * len(weight) * problem.dtype.itemsize
+    chunk = chunk_rows(len(weight), problem.dtype, device, None, count).usual * len(weight) * problem.dtype.itemsize
     accumulator = weight.numel() * 4 if problem.dtype != torch.float32 else 0
     return problem.hidden.nbytes + chunk + (weight.nbytes + accumulator if problem.train_head else 0)
 
