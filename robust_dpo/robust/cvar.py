@@ -57,6 +57,7 @@ class CVaR(RobustObjective):
         weights = torch.empty_like(values).scatter(0, order, left.clamp(max=most))
         weights = weights / weights.sum()
         # The group whose weight is a fraction, and all that tie with it, share alike.
-        quantile = ordered[(left > 0).sum() - 1]
+        # Not an index, which a device would have to wait for.
+        quantile = ordered.gather(0, (left > 0).sum(0, keepdim=True) - 1)
         tied = (values == quantile).to(values.dtype)
         return torch.where(tied > 0, (weights * tied).sum() / tied.sum(), weights)

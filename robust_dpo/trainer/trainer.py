@@ -44,7 +44,9 @@ from robust_dpo.window import (
     AccumulationWindow,
     BatchObjective,
     GroupTable,
-    Weighed,
+    MicroBatch,
+    RoutePlan,
+    Weighting,
     layout_of,
     make_weighting,
     plan_route,
@@ -158,6 +160,8 @@ class RobustDPOTrainer(CheckpointedTrainer):
         self.add_callback(self._monitor.guard)
         self.add_callback(self._monitor.objective_steps)
         self._window = self._make_window()
+        by_itself = RoutePlan("two_pass" if self.objective.adds_terms else "in_one", "micro_batch")
+        self._by_itself = self._make_weighting(by_itself)
         self._evaluated: GroupTable | None = None
         if not args.disable_tqdm:
             self._print_lengths()
@@ -187,14 +191,17 @@ class RobustDPOTrainer(CheckpointedTrainer):
             sharded=self._planner.is_sharded(self.model),
         )
         if plan.reason:
-            logger.warning("robust weights take a second forward pass: %s", plan.reason)
+            logger.warning("each step takes a second forward pass of the policy: %s", plan.reason)
         logger.info("robust weights over each %s: %s", self.args.robust_scope, plan.kind)
         return AccumulationWindow(
-            make_weighting(plan, self.objective, self.preference_output, self._look, self.accelerator),
+            self._make_weighting(plan),
             self.accelerator,
             self._prepare_inputs,
             drop_last=self.args.dataloader_drop_last,
         )
+
+    def _make_weighting(self, plan: RoutePlan) -> Weighting:
+        return make_weighting(plan, self.objective, self.preference_output, self._look, self.accelerator)
 
     def _look(self, model: nn.Module, batch: Batch) -> tuple[GroupTable, GroupLayout]:
         """The groups of a batch with their log-probs, without gradients and dropout, and how they lie in it."""
@@ -326,16 +333,16 @@ class RobustDPOTrainer(CheckpointedTrainer):
     ) -> Any:
         """The loss of a micro-batch, and with `return_outputs` the PreferenceOutput it is part of.
 
-        Within a step of `train` it is the micro-batch's part in the objective of the whole step; otherwise the
-        objective of the micro-batch.
+        Within a step of `train` it is the micro-batch's part in the objective of the whole step, and in two passes the
+        value and the weights of the output are those of the step; otherwise all is of the micro-batch by itself.
         """
         inputs = self._scorer.laid_out(inputs)
         divisor = 1
         if model.training and self._window.is_open:
             weighed, divisor = self._window.run(model, inputs), self.current_gradient_accumulation_steps
         else:
-            output = self.preference_output(model, inputs)
-            weighed = Weighed(output.loss, output, counts=True, solution=None)
+            (inputs,) = self._by_itself.open(model, [MicroBatch(inputs, counts=True)])
+            weighed = replace(self._by_itself.run(model, inputs, 0), solution=None)
         if model.training:
             self._monitor.watch(weighed, inputs)
         loss = weighed.loss * divisor

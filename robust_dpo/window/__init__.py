@@ -8,7 +8,7 @@ from robust_dpo.window.objective import BatchObjective, BatchSolution
 from robust_dpo.window.route import ROUTES, SCOPES, RoutePlan, plan_route
 from robust_dpo.window.supported import refuse_split_model, refuse_steps_in_backward, refuse_unknown_groups
 from robust_dpo.window.table import GroupTable, layout_of
-from robust_dpo.window.weighting import DomainLosses, Weighed, Weighting, WindowSolution
+from robust_dpo.window.weighting import DomainLosses, MicroBatch, Weighed, Weighting, WindowSolution
 from robust_dpo.window.window import AccumulationWindow, make_weighting
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "BatchSolution",
     "DomainLosses",
     "GroupTable",
+    "MicroBatch",
     "RoutePlan",
     "Weighed",
     "Weighting",

@@ -18,8 +18,6 @@ class Ranks(Protocol):
 
     def gather(self, tensor: Any) -> Any: ...
 
-    def pad_across_processes(self, tensor: Any, dim: int = 0) -> Any: ...
-
 
 class OneRank:
     """A rank by itself, whatever others there are."""
@@ -28,7 +26,4 @@ class OneRank:
     process_index = 0
 
     def gather(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def pad_across_processes(self, tensor: Tensor, dim: int = 0) -> Tensor:
         return tensor

@@ -20,12 +20,13 @@ class RoutePlan:
     """How the weights are had.
 
     Args:
-        kind: "one_pass", "two_pass", "in_one" (the operator solves a global batch that is one micro-batch), or
-            "micro_batch": each by itself.
+        kind: "one_pass", "two_pass", or "in_one": the operator solves a batch that is one micro-batch.
+        scope: one of SCOPES; the kind is that of each micro-batch by itself, or that of the global batch.
         reason: why it takes two passes; empty where it does not, or where that was asked for.
     """
 
     kind: str
+    scope: str = "global_batch"
     reason: str = ""
 
 
@@ -45,18 +46,17 @@ def plan_route(
     Raises:
         ValueError: one pass is asked for and cannot be exact.
     """
-    if scope == "micro_batch":
-        return RoutePlan("micro_batch")
     if route == "two_pass":
-        return RoutePlan("two_pass")
+        return RoutePlan("two_pass", scope)
+    alone = scope == "micro_batch" or micro_batches * accelerator.num_processes == 1
     reason = _why_no_tilt(objective) or (_why_not_rescaled(accelerator, sharded) if micro_batches > 1 else "")
-    if not reason:
+    if scope == "global_batch" and not reason:
         return RoutePlan("one_pass")
-    if micro_batches * accelerator.num_processes == 1 and not objective.adds_terms:
-        return RoutePlan("in_one")
+    if alone and not objective.adds_terms:
+        return RoutePlan("in_one", scope)
     if route == "one_pass":
         raise argument_error("robust_route", f"'auto' or 'two_pass': {reason}", repr(route))
-    return RoutePlan("two_pass", reason)
+    return RoutePlan("two_pass", scope, reason)
 
 
 def _why_no_tilt(objective: BatchObjective) -> str:

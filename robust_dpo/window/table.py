@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robust_dpo.expert_load import ExpertLoad
 from robust_dpo.groups import GroupLayout, Groups
 from robust_dpo.ops.host import send
 from robust_dpo.ops.precision import exact_dtype
 
-# The first column of a table; 1 where there is a response, and something else in what was padded.
-PRESENT = 0
 # Columns that every table has; after them comes the load of experts.
 _COLUMNS = 7
 
@@ -79,10 +76,3 @@ def layout_of(group_sizes: Tensor, device: torch.device) -> GroupLayout:
     """The layout of a collated batch, for vectors on `device`. Reads nothing from it where the sizes are on the CPU."""
     sizes = group_sizes.tolist()
     return GroupLayout.ragged(send(sizes, device), max(sizes), sum(sizes))
-
-
-def padded_alike(tables: Sequence[Tensor]) -> Tensor:
-    """[n, G, K, C] of n tables [G, K, C] of different numbers of groups and responses, 0 where there is nothing."""
-    most, widest = (max(table.shape[dim] for table in tables) for dim in (0, 1))
-    room = [(0, 0, 0, widest - table.shape[1], 0, most - table.shape[0]) for table in tables]
-    return torch.stack([nn.functional.pad(table, pad) for table, pad in zip(tables, room, strict=True)])

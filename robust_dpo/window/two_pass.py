@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from robust_dpo.window.objective import BatchObjective, BatchSolution
+from robust_dpo.groups import GroupLayout
+from robust_dpo.window.exchange import Exchange
+from robust_dpo.window.objective import BatchObjective
 from robust_dpo.window.ranks import Ranks
-from robust_dpo.window.table import PRESENT, GroupTable, padded_alike
 from robust_dpo.window.weighting import Batch, DomainLosses, Forward, Look, MicroBatch, Weighed, WindowSolution
 
 
@@ -32,8 +33,9 @@ class TwoPass:
     def __init__(self, objective: BatchObjective, forward: Forward, look: Look, ranks: Ranks) -> None:
         self._objective, self._forward, self._look, self._ranks = objective, forward, look, ranks
         self._window: Sequence[MicroBatch] = ()
-        self._slopes: list[Tensor] = []
-        self._losses: list[Tensor] = []
+        self._layouts: list[GroupLayout] = []
+        # Of each micro-batch [G, K + 2]: slopes, loss, weight.
+        self._parts: list[Tensor] = []
         self._load_slopes: Tensor | None = None
         self._factor: Tensor | None = None
         self._solution: WindowSolution | None = None
@@ -41,68 +43,64 @@ class TwoPass:
     def open(self, model: nn.Module, window: Sequence[MicroBatch]) -> list[Batch]:
         self._window = window
         looks = [self._look(model, each.batch) for each in window]
-        tables, layouts = [table for table, _ in looks], [layout for _, layout in looks]
-        everyone = self._everyone(tables)
-        real = everyone[..., 0, PRESENT] == 1
-        whole = tables[0].of_tensor(everyone[real])
+        tables, self._layouts = [table for table, _ in looks], [layout for _, layout in looks]
+        exchange = self._exchange(tables[0].groups.logps.device)
+        whole = tables[0].of_tensor(exchange.whole(self._ranks, [table.to_tensor() for table in tables]))
         solution = self._objective.solve(whole)
+        robust = solution.robust
         # Slopes that are not numbers must reach the loss, which stops the step, not the check of the operator.
         usable = solution.slopes.isfinite().all() & solution.value.isfinite()
         self._factor = torch.where(usable, float(self._ranks.num_processes), float("nan"))
-        slopes, losses, weights = self._own(solution, real)
-        sizes = [layout.num_groups for layout in layouts]
-        known = slopes.where(usable, 0.0)
-        self._slopes = [layout.unpad(part) for layout, part in zip(layouts, known, strict=True)]
+        columns = [solution.slopes.where(usable, 0.0), solution.group_losses[:, None], robust.weights[:, None]]
+        self._parts = exchange.own(self._ranks, torch.cat(columns, dim=1))
         self._load_slopes = solution.load_slopes
-        self._losses = [part[:size] for part, size in zip(losses, sizes, strict=True)]
-        counted = [part[:size] for part, size, each in zip(weights, sizes, window, strict=True) if each.counts]
+        counted = [part[:, -1] for part, each in zip(self._parts, window, strict=True) if each.counts]
         self._solution = WindowSolution(
             value=solution.value,
-            ess=solution.robust.ess,
-            max_weight=solution.robust.weights.amax(),
-            parameter=solution.robust.parameter,
-            weights=torch.cat([weights.new_empty(0), *counted]),
+            ess=robust.ess,
+            max_weight=robust.weights.amax(),
+            parameter=robust.parameter,
+            weights=torch.cat([robust.weights[:0], *counted]),
             terms=solution.terms,
-            domain_losses=_domain_losses(whole, solution),
+            domain_losses=None
+            if whole.labels is None
+            else DomainLosses(solution.group_losses, whole.calibration, whole.labels),
         )
         references = [table.groups.ref_logps for table in tables]
         return [
             # So that the reference is not run again.
             each.batch if anchors is None else {**each.batch, "ref_logps": layout.unpad(anchors)}
-            for each, anchors, layout in zip(window, references, layouts, strict=True)
+            for each, anchors, layout in zip(window, references, self._layouts, strict=True)
         ]
 
     def run(self, model: nn.Module, batch: Batch, place: int) -> Weighed:
-        assert self._factor is not None
-        slopes, losses, counts = self._slopes[place], self._losses[place], self._window[place].counts
+        assert self._factor is not None and self._solution is not None
+        layout, part, counts = self._layouts[place], self._parts[place], self._window[place].counts
+        slopes, losses, weights = part[:, :-2], part[:, -2], part[:, -1]
         # The same for all tokens, so that those without weight have to be told.
         load_slopes = None if self._load_slopes is None else self._load_slopes * counts
-        output = self._forward(model, batch, slopes, load_slopes)
-        # Those of the objective, in place of what stood in for them.
-        output = replace(output, group_losses=losses.to(output.group_losses.dtype))
-        solution = self._solution if place == len(self._window) - 1 else None
-        return Weighed(output.loss * self._factor.to(output.loss), output, counts, solution)
+        output = self._forward(model, batch, layout.unpad(slopes), load_slopes)
+        loss = output.loss * self._factor.to(output.loss)
+        # A group that only training finds no number for has to be named as well.
+        losses = losses.where(layout.pad(output.logps).isfinite().all(1), float("nan"))
+        dtype = output.group_losses.dtype
+        # The objective's, in place of what stood in for it.
+        output = replace(
+            output,
+            loss=self._solution.value.to(output.loss),
+            group_losses=losses.to(dtype),
+            weights=weights.to(dtype),
+            ess=self._solution.ess.to(dtype),
+            parameter=self._solution.parameter.to(dtype),
+        )
+        return Weighed(loss, output, counts, self._solution if place == len(self._window) - 1 else None)
 
-    def _everyone(self, tables: Sequence[GroupTable]) -> Tensor:
-        """[n, ranks, G, K, C]: micro-batch before rank, the order in which the sampler dealt the groups.
-
-        However they are cut, the real ones are then the same in the same order.
-        """
-        counts = [each.counts for each in self._window]
-        own = padded_alike([table.to_tensor() * count for table, count in zip(tables, counts, strict=True)])
-        for dim in (1, 2):
-            own = self._ranks.pad_across_processes(own, dim=dim)
-        everyone: Tensor = self._ranks.gather(own[None])
-        return everyone.transpose(0, 1)
-
-    def _own(self, solution: BatchSolution, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Slopes [n, G, K], losses [n, G] and weights [n, G] of this rank; 0 where nothing counts."""
-        columns = torch.cat([solution.slopes, solution.group_losses[:, None], solution.robust.weights[:, None]], dim=1)
-        spread = columns.new_zeros(*real.shape, columns.shape[1])
-        spread[real] = columns
-        own = spread[:, self._ranks.process_index]
-        return own[..., :-2], own[..., -2], own[..., -1]
-
-
-def _domain_losses(table: GroupTable, solution: BatchSolution) -> DomainLosses | None:
-    return None if table.labels is None else DomainLosses(solution.group_losses, table.calibration, table.labels)
+    def _exchange(self, device: torch.device) -> Exchange:
+        """What the ranks have of the window. One read, on several ranks."""
+        own = [
+            (layout.num_groups, each.counts, layout.mask.shape[1])
+            for layout, each in zip(self._layouts, self._window, strict=True)
+        ]
+        if self._ranks.num_processes == 1:
+            return Exchange([own], device)
+        return Exchange(self._ranks.gather(torch.tensor([own], device=device)).tolist(), device)

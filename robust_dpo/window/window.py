@@ -35,12 +35,10 @@ def make_weighting(
     if plan.kind == "one_pass":
         assert isinstance(objective.robust, ExponentialTilt)
         return OnePass(objective.robust, forward, accelerator)
-    if plan.kind == "two_pass":
-        return TwoPass(objective, forward, look, accelerator)
-    in_one = InOne(forward, calibrated=objective.calibrated)
-    if plan.kind == "in_one":
-        return in_one
-    return Alone(TwoPass(objective, forward, look, OneRank()) if objective.adds_terms else in_one)
+    alone = plan.scope == "micro_batch"
+    in_two = TwoPass(objective, forward, look, OneRank() if alone else accelerator)
+    route = in_two if plan.kind == "two_pass" else InOne(forward, calibrated=objective.calibrated)
+    return Alone(route) if alone else route
 
 
 class AccumulationWindow:

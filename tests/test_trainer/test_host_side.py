@@ -67,9 +67,9 @@ def test_a_step_reads_only_what_the_host_has(
     rows = build_rows(30, size=3)
     make_trainer(train_dataset=rows, mode=mode, callbacks=[count], **accumulation, **options).train()
     assert len(count.steps) == 3
-    # Sizes of groups, which a packed batch has on the host, and on the CPU whether gradients have to be rescaled.
+    # Sizes of groups, which a packed batch has on the host, and on the CPU whether gradients have to be multiplied.
     reads = {place for step in count.steps for place in step}
-    assert {Path(place.rpartition(":")[0]).name for place in reads} <= {"table.py", "rescale_torch.py"}
+    assert {Path(place.rpartition(":")[0]).name for place in reads} <= {"table.py", "rescale_torch.py", "scaling.py"}
 
 
 def test_an_optimizer_without_fused_step_costs_one_read(

@@ -21,6 +21,7 @@ from robust_dpo.losses import resolve
 from robust_dpo.robust import KLRobust, RobustObjective
 from robust_dpo.window import (
     BatchObjective,
+    RoutePlan,
     plan_route,
     refuse_split_model,
     refuse_steps_in_backward,
@@ -174,7 +175,15 @@ def test_route(objective: BatchObjective, engine: Any, micro_batches: int, kind:
     assert plan.kind == kind
     assert reason in plan.reason and bool(reason) == bool(plan.reason)
     assert plan_route(objective, "global_batch", "two_pass", **options).kind == "two_pass"
-    assert plan_route(objective, "micro_batch", "auto", **options).kind == "micro_batch"
+    alone = plan_route(objective, "micro_batch", "auto", **options)
+    assert alone.scope == "micro_batch"
+    assert (
+        alone.kind == ("two_pass" if objective.adds_terms else "in_one") and bool(alone.reason) == objective.adds_terms
+    )
+    assert plan_route(objective, "micro_batch", "two_pass", **options) == RoutePlan("two_pass", "micro_batch")
+    if objective.adds_terms:
+        with pytest.raises(ValueError, match=r"robust_route: expected 'auto' or 'two_pass': .*a scale of its own"):
+            plan_route(objective, "micro_batch", "one_pass", **options)
     if kind == "two_pass":
         with pytest.raises(
             ValueError, match=f"robust_route: expected 'auto' or 'two_pass': .*{reason}.*got 'one_pass'"

@@ -106,7 +106,10 @@ def make_window(
     accelerator = Accelerator(cpu=True)
     objective = BatchObjective(resolve("sigmoid", BETA), robust, sft_weight)
     forward, look = make_forward(objective, calibrated=calibrated), make_look(calibrated=calibrated)
-    weighting = make_weighting(RoutePlan(route), objective, forward, look, accelerator)
+    plan = RoutePlan(route)
+    if route == "micro_batch":
+        plan = RoutePlan("two_pass" if objective.adds_terms else "in_one", "micro_batch")
+    weighting = make_weighting(plan, objective, forward, look, accelerator)
     return AccumulationWindow(weighting, accelerator, lambda batch: batch, drop_last=False)
 
 
