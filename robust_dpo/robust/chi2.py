@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -101,8 +102,8 @@ def _of_radius(values: Tensor, radius: float) -> Tensor:
         raised = (below + depth).clamp(min=0)
         return raised / raised.sum()
 
-    # On a logarithmic scale: a small radius needs a depth of √(Var/2ρ), a large one next to nothing.
-    low, high = values.new_tensor(-34.0), values.new_tensor(34.0)
+    # On a logarithmic scale: a small radius needs a depth of √(Var/2ρ), a large one less than the best differ by.
+    low, high = values.new_tensor(math.log(torch.finfo(values.dtype).tiny)), values.new_tensor(34.0)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         inside = (size * weights_at(middle.exp()).square().sum() - 1) / 2 <= radius

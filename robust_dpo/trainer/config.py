@@ -231,10 +231,10 @@ class RobustDPOConfig(TrainingArguments):
         if self.robust_scope == "micro_batch" and self.objective().needs_domains:
             expected = f"'global_batch' with {self.robust}, whose weights take a step at each optimizer step"
             raise argument_error("robust_scope", expected, repr(self.robust_scope))
-        if self.robust_scope == "micro_batch" and self.weighs_groups:
-            few = self.per_device_train_batch_size == 1
+        if self.robust_scope == "micro_batch" and self._couples_groups:
+            few = self.per_device_train_batch_size == 1 and self.weighs_groups
             warnings.warn(
-                'robust_scope="micro_batch": robust weights depend on how the batch is cut into micro-batches and ranks'
+                'robust_scope="micro_batch": the objective depends on how the batch is cut into micro-batches and ranks'
                 + (f", and with one group in each mode={self.mode!r} weighs nothing." if few else "."),
                 UserWarning,
                 stacklevel=3,
@@ -276,6 +276,12 @@ class RobustDPOConfig(TrainingArguments):
     def weighs_groups(self) -> bool:
         """Whether the objective gives the groups of a batch weights that depend on their losses."""
         return not isinstance(self.objective(), Mean)
+
+    @property
+    def _couples_groups(self) -> bool:
+        """Whether the objective is more than a mean over groups."""
+        adds_terms = self.sft_weight > 0 or (self.router_aux_loss_coef or 0) > 0
+        return self.weighs_groups or adds_terms or self.bound_loss().couples_groups
 
     @property
     def reward_beta(self) -> float:

@@ -113,10 +113,18 @@ def test_label_smoothing_reaches_the_loss() -> None:
 
 @pytest.mark.parametrize("mode", ["dro", "dora", "dora_outside"])
 def test_warns_of_weights_that_depend_on_the_layout(mode: str) -> None:
-    with pytest.warns(UserWarning, match=r'robust_scope="micro_batch": robust weights depend on how .* ranks\.'):
+    with pytest.warns(UserWarning, match=r'robust_scope="micro_batch": the objective depends on how .* ranks\.'):
         build(mode=mode, robust_scope="micro_batch")
     with pytest.warns(UserWarning, match=f"with one group in each mode='{mode}' weighs nothing"):
         build(mode=mode, robust_scope="micro_batch", per_device_train_batch_size=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sft_weight": 0.5}, {"loss_type": "aot"}, {"router_aux_loss_coef": 0.1}], ids=["sft", "aot", "router"]
+)
+def test_warns_of_other_couplings_within_a_micro_batch(options: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match=r'"micro_batch": the objective depends on how the batch is cut .* ranks\.$'):
+        build(mode="erm", robust_scope="micro_batch", per_device_train_batch_size=1, **options)
 
 
 @pytest.mark.parametrize(

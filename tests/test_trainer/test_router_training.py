@@ -169,7 +169,7 @@ def test_micro_batch_scope_is_that_of_transformers(
     train: Any, experts: Any, whole_batch: Any, response_logps: Any
 ) -> None:
     """The mean over micro-batches of what the model says of each by itself, which depends on the cut."""
-    with pytest.warns(UserWarning, match="robust weights depend on how the batch is cut"):
+    with pytest.warns(UserWarning, match="the objective depends on how the batch is cut"):
         trainer = train(4, 3, layout="padded", robust_scope="micro_batch", train_sampling_strategy="sequential")
     rows = [*trainer.train_dataset]
     parts = [trainer.data_collator(rows[first : first + 4]) for first in (0, 4, 8)]
