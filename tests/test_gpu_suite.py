@@ -753,9 +753,10 @@ def test_a_timeout_is_no_failure_but_a_failure_before_it_is_one(tmp_path, first,
     source = f"import pytest, time\npytestmark = pytest.mark.gpu\ndef test_one(): {first}\n"
     (folder / "test_one.py").write_text(f"{source}def test_two(): time.sleep(600)\n")
     started = time.monotonic()
-    outcome = run_tests(tmp_path, 5)
-    assert time.monotonic() - started < 30
-    assert outcome.status == status and "not finished after 5 seconds" in outcome.detail
+    # Long enough for pytest to start on a machine that is busy with the rest of this suite.
+    outcome = run_tests(tmp_path, 15)
+    assert time.monotonic() - started < 60
+    assert outcome.status == status and "not finished after 15 seconds" in outcome.detail
     assert f"{int(status != 'failed')} passed, {int(status == 'failed')} failed" in outcome.detail
 
 

@@ -247,6 +247,5 @@ def test_model_that_deepspeed_has_partitioned_is_no_reference(
 
 
 def test_sharded_model_is_not_tried_beforehand(sharded_model: Any, make_trainer: Callable[..., Any]) -> None:
-    trainer = make_trainer()
-    assert trainer._plan_layout(sharded_model, "it").kind == "padded"
-    assert trainer._check_head(sharded_model, "it").head is None
+    scorer = make_trainer()._planner.scorer(sharded_model, "it", trains=True)
+    assert scorer.layout.kind == "padded" and scorer.check.head is None
