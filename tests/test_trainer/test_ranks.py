@@ -39,6 +39,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "model": "experts",
         },
     ),
+    "aot-and-sft": (
+        12,
+        {
+            "rows": "mixed",
+            "options": {"mode": "dora", "lam": 0.05, "loss_type": "aot", "sft_weight": 0.3, "max_steps": 3},
+        },
+    ),
     "radius": (12, {"rows": "pairs", "options": {"mode": "dora", "radius": 0.1, "max_steps": 3}}),
     "domains": (12, {"rows": "pairs", "options": {"mode": "dora", **DOMAINS, "max_steps": 3}}),
     # Two epochs of 13 groups, whose last step has but 1 or 5 of them: a rank has nothing that counts.
@@ -72,6 +79,7 @@ LAYOUTS = {
         ("two-pass", 2),
         ("experts", 2),
         ("radius", 3),
+        ("aot-and-sft", 3),
         ("uneven", 1),
         ("uneven", 2),
         ("uneven-experts", 1),
