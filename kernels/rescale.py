@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+RESCALED = (torch.float32, torch.float64)
+"""The dtypes of what the launchers multiply."""
 
 
 class RescaleLauncher(Protocol):

@@ -27,6 +27,7 @@ class PreferenceCollator:
         shared: also lay out the groups without padding, with one prompt for all responses of a group (True) or one
             for each (False); None does not.
         row_tokens: places of the rows in that layout; None is one row.
+        row_multiple: of which a row of that layout has so many places.
 
     Called with a list of G rows of `tokenize_groups`, it returns a dict with S = Σ K responses, prompt-major:
         input_ids, attention_mask, labels: [S, T] int64; labels are unshifted, −100 on prompt and padding.
@@ -47,6 +48,7 @@ class PreferenceCollator:
     pad_to_multiple_of: int | None = None
     shared: bool | None = None
     row_tokens: int | None = None
+    row_multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.pad_token_id is not None and self.pad_token_id < 0:
@@ -63,7 +65,7 @@ class PreferenceCollator:
     def for_layout(self, plan: LayoutPlan) -> PreferenceCollator:
         """This collator for models whose batches are laid out as planned."""
         shared = None if plan.kind == "padded" else plan.kind == "group"
-        return replace(self, shared=shared, row_tokens=plan.row_tokens)
+        return replace(self, shared=shared, row_tokens=plan.row_tokens, row_multiple=plan.row_multiple)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not rows:
@@ -74,7 +76,9 @@ class PreferenceCollator:
         batch["group_sizes"] = torch.tensor([len(row["response_ids"]) for row in rows])
         if self.shared is not None:
             groups = [Group(row["prompt_ids"], row["response_ids"]) for row in rows]
-            batch["packed"] = pack_groups(groups, shared=self.shared, row_tokens=self.row_tokens)
+            batch["packed"] = pack_groups(
+                groups, shared=self.shared, row_tokens=self.row_tokens, row_multiple=self.row_multiple
+            )
         if any(row.get("scores") is not None for row in rows):
             batch["scores"] = torch.tensor([score for row in rows for score in _scores(row)], dtype=torch.float32)
         if _all_or_none(rows, "calibration"):

@@ -34,6 +34,9 @@ _PROBE = ((6, (4, 3)), (3, (2, 5)))
 # times, and another order of sums turns into other roundings; a mask that is wrong moves logits by far more.
 _ROUNDINGS = 8.0
 _SMALLEST_EPS = 1e-5
+# On a CPU oneDNN compiles a kernel for every number of rows that it multiplies in half precision, and torch keeps a
+# thousand of them, 0.6 MiB each. Batches of every length then cost more than some rows of nothing.
+_HALF_ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,20 @@ class LayoutPlan:
         kind: "group", "packed" (each response with a prompt of its own) or "padded".
         attention: backend of the first two.
         row_tokens: places of a row; None: one row for all.
+        row_multiple: of which a row has so many places.
         reason: why it is not what was asked for, or not "group" where that was left open; else empty.
     """
 
     kind: str
     attention: AttentionBackend | None = None
     row_tokens: int | None = None
+    row_multiple: int = 1
     reason: str = ""
 
     def pack(self, groups: Sequence[Group]) -> PackedGroups:
         """Lay out groups as this plan says; not for "padded"."""
-        return pack_groups(groups, shared=self.kind == "group", row_tokens=self.row_tokens)
+        shared = self.kind == "group"
+        return pack_groups(groups, shared=shared, row_tokens=self.row_tokens, row_multiple=self.row_multiple)
 
 
 PADDED = LayoutPlan("padded")
@@ -98,7 +104,8 @@ def plan_layout(
     reasons: list[str] = []
     for kind in ("group", "packed") if layout == "auto" else (layout,):
         for backend in backends:
-            plan = LayoutPlan(kind, backend, backend.row_tokens if row_tokens is None else row_tokens)
+            tokens = backend.row_tokens if row_tokens is None else row_tokens
+            plan = LayoutPlan(kind, backend, tokens, _row_multiple(model))
             found = _why_not(model, plan, trains=trains, may_fail=attention == "auto")
             if not found:
                 # What kept it from "group"; for "packed" by name there is nothing to say.
@@ -159,7 +166,7 @@ def why_layouts_differ(model: nn.Module, plan: LayoutPlan) -> str:
     except LayoutUnsupportedError as unsupported:
         return str(unsupported)
     error = float((logits - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    dtype = torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
+    dtype = _matmul_dtype(model, autocast)
     allowed = _ROUNDINGS * _eps(dtype, device)
     return "" if error <= allowed else f"its logits change by {error:.3g} of their size with the layout {plan.kind!r}"
 
@@ -221,6 +228,17 @@ def model_output(model: nn.Module, groups: PackedGroups, plan: LayoutPlan, **opt
             use_cache=False,
             **options,
         )
+
+
+def _row_multiple(model: nn.Module) -> int:
+    device = next(model.parameters()).device
+    half = _matmul_dtype(model, torch.is_autocast_enabled(device.type)).itemsize == 2
+    return _HALF_ROW_MULTIPLE if device.type == "cpu" and half else 1
+
+
+def _matmul_dtype(model: nn.Module, autocast: bool) -> torch.dtype:
+    first = next(model.parameters())
+    return torch.get_autocast_dtype(first.device.type) if autocast else first.dtype
 
 
 def _probe(vocabulary: int) -> list[Group]:

@@ -101,13 +101,16 @@ class PackedGroups:
         return max(span.prompt + max(span.responses) for span in self.spans)
 
 
-def pack_groups(groups: Sequence[Group], *, shared: bool = True, row_tokens: int | None = None) -> PackedGroups:
+def pack_groups(
+    groups: Sequence[Group], *, shared: bool = True, row_tokens: int | None = None, row_multiple: int = 1
+) -> PackedGroups:
     """Lay out groups in rows, first-fit by falling length; a function of its arguments only.
 
     Args:
         groups: of the batch.
         shared: run each prompt once; False runs it once for every response.
         row_tokens: T, the places of a row; a longer group makes all rows as long as itself. None: one row.
+        row_multiple: T is rounded up to a multiple of this.
 
     Raises:
         ValueError: no groups, or one whose prompt or response is empty; a row of no place.
@@ -116,6 +119,8 @@ def pack_groups(groups: Sequence[Group], *, shared: bool = True, row_tokens: int
         raise argument_error("groups", "at least one group", "none")
     if row_tokens is not None and row_tokens < 1:
         raise argument_error("row_tokens", "at least 1, or None", row_tokens)
+    if row_multiple < 1:
+        raise argument_error("row_multiple", "at least 1", row_multiple)
     for index, group in enumerate(groups):
         if not group.prompt or not group.responses or not all(group.responses):
             raise argument_error("groups", "prompts and responses of at least one token", f"group {index}")
@@ -123,9 +128,9 @@ def pack_groups(groups: Sequence[Group], *, shared: bool = True, row_tokens: int
     sizes = [(len(unit.prompt), tuple(len(response) - 1 for response in unit.responses)) for unit in units]
     lengths = [prompt + sum(responses) for prompt, responses in sizes]
     if row_tokens is None:
-        places, count, width = [0, *accumulate(lengths[:-1])], 1, sum(lengths)
+        places, count, width = [0, *accumulate(lengths[:-1])], 1, _rounded_up(sum(lengths), row_multiple)
     else:
-        places, count, width = first_fit(lengths, max(row_tokens, *lengths))
+        places, count, width = first_fit(lengths, max(row_tokens, *lengths), row_multiple)
     spans = tuple(GroupSpan(start, *size) for start, size in zip(places, sizes, strict=True))
 
     flat = torch.zeros(4, count * width, dtype=torch.int64)
@@ -159,12 +164,13 @@ def pack_groups(groups: Sequence[Group], *, shared: bool = True, row_tokens: int
     )
 
 
-def first_fit(lengths: Sequence[int], width: int) -> tuple[list[int], int, int]:
-    """First-fit by falling length, ties by index: (flat start of each, rows, places of a row that are ever used).
+def first_fit(lengths: Sequence[int], width: int, multiple: int = 1) -> tuple[list[int], int, int]:
+    """First-fit by falling length, ties by index: (flat start of each, rows, places of a row).
 
     Args:
         lengths: each at most `width`.
-        width: places of a row.
+        width: places of a row that may be used.
+        multiple: of which a row then has as many places as are used, rounded up.
     """
     filled: list[int] = []
     spots = [(0, 0)] * len(lengths)
@@ -174,8 +180,12 @@ def first_fit(lengths: Sequence[int], width: int) -> tuple[list[int], int, int]:
             filled.append(0)
         spots[index] = (row, filled[row])
         filled[row] += lengths[index]
-    used = max(filled)
-    return [row * used + column for row, column in spots], len(filled), used
+    places = _rounded_up(max(filled), multiple)
+    return [row * places + column for row, column in spots], len(filled), places
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def groups_of(batch: dict[str, Any]) -> list[Group]:

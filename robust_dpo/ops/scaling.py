@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from robust_dpo.dispatch import get_rescale
+from robust_dpo.kernels.rescale import RESCALED
+
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient times a factor, in `dtype`; reuses the memory of `gradient` where nobody can see it.
@@ -24,10 +27,11 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def product(gradient: Tensor, factor: Tensor, dtype: torch.dtype, *, reuse: bool) -> Tensor:
     """The gradient times a factor, read once, rounded once to `dtype`; with `reuse`, in its own memory if it can be.
 
-    Then a factor of 1 is nothing to do, where the host can see it for free.
+    Then a factor [] that is 1 leaves memory untouched.
     """
     fits = reuse and gradient.dtype == dtype
-    if fits and factor.ndim == 0 and factor.device.type == "cpu" and factor == 1:
+    if fits and factor.ndim == 0 and dtype in RESCALED and gradient.is_contiguous():
+        get_rescale("auto", gradient.device, dtype)(gradient, factor)
         return gradient
     return torch.mul(gradient, factor, out=gradient if fits else torch.empty_like(gradient, dtype=dtype))
 

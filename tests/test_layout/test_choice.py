@@ -265,3 +265,19 @@ def test_refused(build_model: Callable[..., Any]) -> None:
         plan_layout(build_model("llama"), "rows")
     with pytest.raises(ValueError, match="layout_attention: expected one of auto"):
         plan_layout(build_model("llama"), attention="eager")
+
+
+def test_rows_in_half_precision_on_a_cpu_have_few_lengths(
+    build_model: Callable[..., Any], draw_groups: Callable[..., list[Group]]
+) -> None:
+    """Each length is another kernel that oneDNN compiles; MKL, which multiplies fp32, compiles none."""
+    model = build_model("llama")
+    groups = draw_groups(2, 3)
+    places = sum(span.length for span in pack_groups(groups).spans)
+    plan = plan_layout(model)
+    assert plan.pack(groups).input_ids.shape == (1, places)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = plan_layout(model)
+    for half in (mixed, plan_layout(model.to(torch.bfloat16))):
+        assert half == dataclasses.replace(plan, row_multiple=64)
+        assert half.pack(groups).input_ids.shape == (1, -(-places // 64) * 64)

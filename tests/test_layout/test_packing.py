@@ -58,11 +58,17 @@ def test_a_pair_by_hand() -> None:
     assert packed.seq_lens.tolist() == [3, 1]
 
 
-@given(groups=GROUPS, shared=st.booleans(), row_tokens=st.none() | st.integers(1, 40))
+@given(
+    groups=GROUPS,
+    shared=st.booleans(),
+    row_tokens=st.none() | st.integers(1, 40),
+    row_multiple=st.sampled_from([1, 7, 64]),
+)
 def test_every_target_is_predicted_from_its_prompt_and_response(
-    groups: list[Group], shared: bool, row_tokens: int | None
+    groups: list[Group], shared: bool, row_tokens: int | None, row_multiple: int
 ) -> None:
-    packed = pack_groups(groups, shared=shared, row_tokens=row_tokens)
+    packed = pack_groups(groups, shared=shared, row_tokens=row_tokens, row_multiple=row_multiple)
+    assert packed.input_ids.shape[1] % row_multiple == 0
     expected = [
         ([*group.prompt, *response[:index]], token)
         for group in groups
@@ -93,11 +99,15 @@ def test_nothing_is_run_twice_or_in_vain(groups: list[Group], shared: bool, row_
         assert sum(2 * used <= max(row_tokens, longest) for used in fill) <= 1
 
 
-@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=12), spare=st.integers(0, 20))
-def test_first_fit_does_not_overlap(lengths: list[int], spare: int) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=12),
+    spare=st.integers(0, 20),
+    multiple=st.integers(1, 9),
+)
+def test_first_fit_does_not_overlap(lengths: list[int], spare: int, multiple: int) -> None:
     width = max(lengths) + spare
-    starts, rows, used = first_fit(lengths, width)
-    assert used <= width
+    starts, rows, used = first_fit(lengths, width, multiple)
+    assert used % multiple == 0 and used < width + multiple
     taken = sorted((start, start + length) for start, length in zip(starts, lengths, strict=True))
     assert all(stop <= start for (_, stop), (start, _) in pairwise(taken))
     assert all(start // used == (stop - 1) // used for start, stop in taken)  # none is cut by the end of a row
@@ -130,6 +140,7 @@ def test_packed_groups_travel() -> None:
         ([Group([1], [[2], []])], {}, "groups: expected prompts and responses of at least one token, got group 0"),
         ([Group([1], [])], {}, "groups: expected prompts and responses of at least one token, got group 0"),
         ([PAIR], {"row_tokens": 0}, "row_tokens: expected at least 1, or None, got 0"),
+        ([PAIR], {"row_multiple": 0}, "row_multiple: expected at least 1, got 0"),
     ],
 )
 def test_refused(groups: list[Group], options: dict[str, Any], message: str) -> None:
@@ -140,9 +151,9 @@ def test_refused(groups: list[Group], options: dict[str, Any], message: str) -> 
 @given(groups=GROUPS)
 def test_a_padded_batch_gives_its_groups_back(groups: list[Group]) -> None:
     rows = [{"prompt_ids": group.prompt, "response_ids": group.responses} for group in groups]
-    batch = PreferenceCollator(shared=True, row_tokens=30)(rows)
+    batch = PreferenceCollator(shared=True, row_tokens=30, row_multiple=16)(rows)
     assert groups_of(batch) == [Group(group.prompt, group.responses, group.responses) for group in groups]
-    assert batch["packed"].spans == pack_groups(groups, row_tokens=30).spans
+    assert batch["packed"].spans == pack_groups(groups, row_tokens=30, row_multiple=16).spans
 
 
 def test_tokens_without_a_label_stay_in_their_response() -> None:
