@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from robust_dpo.robust import DrDPO, KLRobust, Mean, RobustObjective
     from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = [
     "DrDPO",
