@@ -9,6 +9,7 @@ import torch
 
 from robust_dpo.data import PreferenceCollator, load_preferences, tokenize_groups
 from robust_dpo.evaluation import evaluate_ranking
+from robust_dpo.trainer.router import plan_router_loss
 
 
 @pytest.mark.parametrize("scored", [True, False], ids=["by score", "by position"])
@@ -47,3 +48,14 @@ def test_accuracies_are_shares_of_the_rejected_responses(
         assert result.per_group[name].tolist() == pytest.approx(expected), name
         assert getattr(result.overall, name) == pytest.approx(sum(expected) / len(expected)), name
     assert (result.overall.accuracy is None) == (not with_reference)
+
+
+def test_the_load_of_experts_is_no_part_of_it(build_model: Any, build_rows: Any, tokenizer: Any) -> None:
+    """Where a model's auxiliary loss is on, and none that could be trained with."""
+    model = build_model("mixtral-experts", output_router_logits=True)
+    data = load_preferences(build_rows(6)).dataset
+    plain = evaluate_ranking(model, tokenizer, data, ref_model=build_model(seed=2))
+    model.num_experts_per_tok = 3
+    with pytest.raises(ValueError, match="router_aux_loss_coef: expected 0 for MixtralForCausalLM"):
+        plan_router_loss(model, None, trial=True)
+    assert evaluate_ranking(model, tokenizer, data, ref_model=build_model(seed=2)).overall == plain.overall
