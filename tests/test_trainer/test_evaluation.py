@@ -50,12 +50,21 @@ def test_accuracies_are_shares_of_the_rejected_responses(
     assert (result.overall.accuracy is None) == (not with_reference)
 
 
-def test_the_load_of_experts_is_no_part_of_it(build_model: Any, build_rows: Any, tokenizer: Any) -> None:
+def test_the_load_of_experts_is_no_part_of_it(
+    build_model: Any, build_rows: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a model's auxiliary loss is on, and none that could be trained with."""
     model = build_model("mixtral-experts", output_router_logits=True)
     data = load_preferences(build_rows(6)).dataset
     plain = evaluate_ranking(model, tokenizer, data, ref_model=build_model(seed=2))
-    model.num_experts_per_tok = 3
+    forward = model.forward
+
+    def doubled(*args: Any, **options: Any) -> Any:
+        output = forward(*args, **options)
+        output.aux_loss = None if output.aux_loss is None else 2 * output.aux_loss
+        return output
+
+    monkeypatch.setattr(model, "forward", doubled)
     with pytest.raises(ValueError, match="router_aux_loss_coef: expected 0 for MixtralForCausalLM"):
         plan_router_loss(model, None, trial=True)
     assert evaluate_ranking(model, tokenizer, data, ref_model=build_model(seed=2)).overall == plain.overall
