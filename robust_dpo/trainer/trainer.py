@@ -217,6 +217,9 @@ class RobustDPOTrainer(CheckpointedTrainer):
         robust = self.objective.robust
         if not robust.needs_domains or "domain_labels" in batch:
             return batch
+        if "domains" not in batch:
+            expected = "one that gives `domains`, the name of each group's domain, as PreferenceCollator does"
+            raise argument_error("data_collator", expected, f"a batch of {', '.join(batch)}")
         labels = robust.labels_of(batch["domains"]).to(batch["input_ids"].device, non_blocking=True)
         return {**batch, "domain_labels": labels}
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import TrainerCallback
 
+from robust_dpo.data import PreferenceCollator
 from robust_dpo.errors import DataError
 from robust_dpo.trainer import RobustDPOTrainer
 from robust_dpo.trainer.nonfinite import NonFiniteLossError
@@ -200,6 +201,18 @@ def test_rows_of_other_domains_are_refused(make: Any, rows: Any) -> None:
     assert known.objective.robust.domains == tuple(names)
     with pytest.raises(ValueError, match="domains: expected names among 'law', got 'art', 'tax'"):
         make(robust_options={"domains": ["law"]})
+
+
+def test_batches_without_domains_are_refused(make: Any, tokenizer: Any) -> None:
+    collator = PreferenceCollator.for_tokenizer(tokenizer)
+
+    def collate(rows: Any) -> dict[str, Any]:
+        return {name: value for name, value in collator(rows).items() if name != "domains"}
+
+    with pytest.raises(
+        ValueError, match=r"data_collator: expected one that gives `domains`, .*, got a batch of input_ids"
+    ):
+        make(data_collator=collate).train()
 
 
 def test_weights_of_a_micro_batch_are_refused(make: Any) -> None:
