@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -59,6 +60,7 @@ def test_the_load_of_experts_is_no_part_of_it(
     plain = evaluate_ranking(model, tokenizer, data, ref_model=build_model(seed=2))
     forward = model.forward
 
+    @functools.wraps(forward)
     def doubled(*args: Any, **options: Any) -> Any:
         output = forward(*args, **options)
         output.aux_loss = None if output.aux_loss is None else 2 * output.aux_loss
