@@ -64,6 +64,11 @@ class RobustObjective(ABC):
         return repr(self)
 
     @property
+    def has_parameter(self) -> bool:
+        """Whether the `parameter` of a solution is a finite robustness, to be logged."""
+        return True
+
+    @property
     def needs_domains(self) -> bool:
         """Whether it depends on the domains of the groups: then `at(labels)` is what solves a batch."""
         return False

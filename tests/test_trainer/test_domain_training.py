@@ -130,6 +130,28 @@ def test_evaluation_takes_the_weights_as_they_are(make: Any, rows: Any) -> None:
     assert torch.equal(robust.weights, before)
 
 
+def test_evaluation_of_a_part_of_the_domains_is_a_mean_over_them(make: Any, rows: Any) -> None:
+    parts = {name: [row for row in rows if row["topic"] in name.split("-")] for name in ("art", "law", "art-tax")}
+    trainer = make(eval_dataset=parts, max_steps=2)
+    trainer.train()
+    weights = dict(zip(trainer.objective.robust.domains, trainer.objective.robust.weights.tolist(), strict=True))
+    for part in parts.values():
+        losses = trainer.predict(part).predictions[:, 0]
+        topics = [row["topic"] for row in part]
+        means = {each: losses[[topic == each for topic in topics]].mean() for each in set(topics)}
+        expected = sum(weights[each] * mean for each, mean in means.items()) / sum(weights[each] for each in means)
+        assert trainer.evaluate(part)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_no_robustness_is_logged_where_there_is_none(make: Any, rows: Any) -> None:
+    for options, told in (({}, False), ({"robust": "cvar", "robust_options": {"share": 0.5}}, True)):
+        trainer = make(eval_dataset=rows, max_steps=1, **options)
+        trainer.train()
+        names = {name for entry in trainer.state.log_history for name in entry} | {*trainer.evaluate()}
+        assert ("robust/lambda" in names) is ("eval_robust/lambda" in names) is told
+        assert {"robust/ess", "eval_robust/ess"} <= names
+
+
 def spoil_loss(trainer: RobustDPOTrainer, when: Callable[[], bool]) -> None:
     """Make what is backpropagated not finite, of group losses that are."""
     forward = trainer._window._weighting._forward
