@@ -237,6 +237,17 @@ def test_state_of_other_domains_is_refused(names: list[str]) -> None:
         GroupDRO(NAMES).load_state_dict(GroupDRO(names).state_dict())
 
 
+@pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
+def test_losses_of_the_domains_that_are_there(calibrated: bool) -> None:
+    objective, labels = GroupDRO(NAMES, 1.0), torch.tensor([2, 0, 2])
+    losses, h = tensor([-3.0, -4.0, -5.0]), tensor([1.0, 2.0, 0.0])
+    found = objective.domain_losses(losses, h if calibrated else None, labels)
+    law, poems = (-8.0, -1.5) if calibrated else (-4.0, -4.0)
+    expected = {"domain_loss/law": law, "domain_loss/poems": poems, "worst_domain_loss": max(law, poems)}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
+    assert Mean().domain_losses(losses, h, labels) == {}
+
+
 def test_metrics_name_the_domains() -> None:
     objective = GroupDRO(["a", "b"], math.log(3))
     objective.advance(tensor([0.0, 1.0]), None, torch.arange(2))

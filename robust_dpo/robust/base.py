@@ -113,6 +113,15 @@ class RobustObjective(ABC):
         """
         return None
 
+    def domain_losses(self, losses: Tensor, calibration: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        """Numbers [] of an evaluation by its domains, by name, for logs. Looks which domains there are.
+
+        Args:
+            losses, calibration: as in `solve`, of all groups.
+            labels: as in `at`.
+        """
+        return {}
+
     def metrics(self) -> dict[str, Tensor]:
         """Numbers [] of the state, by name, for logs."""
         return {}

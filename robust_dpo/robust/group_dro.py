@@ -109,6 +109,15 @@ class GroupDRO(RobustObjective):
         now = self._log_weights.to(means)
         self._log_weights = torch.where(means.isfinite().all() & taken, _stepped(now, means, self.step_size), now)
 
+    def domain_losses(self, losses: Tensor, calibration: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        """L_k of the domains that are there, and the largest of them, which does not depend on q."""
+        losses, calibration = whole_batch(self, losses, calibration, None)
+        means, sizes = self.at(labels).means(_exact(calibrated(losses, calibration)))
+        there = sizes.nonzero().flatten().tolist()
+        return {f"domain_loss/{self.domains[domain]}": means[domain] for domain in there} | {
+            "worst_domain_loss": means[there].amax()
+        }
+
     def metrics(self) -> dict[str, Tensor]:
         return {f"domain_weight/{name}": weight for name, weight in zip(self.domains, self.weights, strict=True)}
 

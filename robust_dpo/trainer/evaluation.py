@@ -55,11 +55,15 @@ def evaluate_groups(
     table = like.of_tensor(torch.from_numpy(predictions))
     solution, aggregation = objective.solve(table, training=False), objective.robust
     columns = [group_metrics(table.groups, reward_beta), logp_accuracies(table.groups)]
+    domains: dict[str, Tensor] = {}
+    if table.labels is not None:
+        domains = aggregation.domain_losses(solution.group_losses, table.calibration, table.labels)
     calibration = torch.ones_like(solution.group_losses) if table.calibration is None else table.calibration
     robust = solution.robust
     metrics: dict[str, Tensor] = {
         "loss": solution.value,
         **solution.terms,
+        **domains,
         **known_means(dict(zip(GROUP_METRICS, columns[0].unbind(1), strict=True))),
         **robust_metrics(robust.weights.amax(), robust.ess, robust.parameter if aggregation.has_parameter else None),
     }

@@ -140,7 +140,23 @@ def test_evaluation_of_a_part_of_the_domains_is_a_mean_over_them(make: Any, rows
         topics = [row["topic"] for row in part]
         means = {each: losses[[topic == each for topic in topics]].mean() for each in set(topics)}
         expected = sum(weights[each] * mean for each, mean in means.items()) / sum(weights[each] for each in means)
-        assert trainer.evaluate(part)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+        found = trainer.evaluate(part)
+        assert found["eval_loss"] == pytest.approx(expected, rel=1e-6)
+        by_name = {f"eval_domain_loss/{each}": mean for each, mean in means.items()}
+        assert {key: found[key] for key in found if "domain_loss/" in key} == pytest.approx(by_name, rel=1e-6)
+        assert found["eval_worst_domain_loss"] == pytest.approx(max(means.values()), rel=1e-6)
+
+
+def test_the_best_model_may_be_that_of_the_least_worst_domain(make: Any, rows: Any) -> None:
+    """Which does not change with q, as the objective does: here the model stays as it is."""
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "worst_domain_loss"}
+    trainer = make(eval_dataset=rows, learning_rate=0.0, mode="dora", **often, **best)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert logs[0]["eval_loss"] < logs[1]["eval_loss"] < logs[0]["eval_worst_domain_loss"]
+    assert logs[1]["eval_worst_domain_loss"] == pytest.approx(logs[0]["eval_worst_domain_loss"])
+    assert trainer.state.best_metric == pytest.approx(logs[0]["eval_worst_domain_loss"])
 
 
 def test_no_robustness_is_logged_where_there_is_none(make: Any, rows: Any) -> None:
