@@ -108,6 +108,43 @@ def test_weights_of_domains_go_on_and_are_those_of_the_same_domains(
     assert_same_end(run, whole_run(**options))
 
 
+def test_weights_of_domains_begin_anew_unless_the_training_is_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"robust": "group_dro", "robust_options": {"step_size": 1.0}, "learning_rate": 0.0}
+    options |= {"disable_dropout": True, "eval_strategy": "no", "save_total_limit": 4}
+    trainer = Run(tmp_path / "run", options=options).trainer()
+    robust, ends = trainer.objective.robust, []
+    for checkpoint in (None, None, tmp_path / "run" / "checkpoint-4", None):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ends.append(robust.weights.clone())
+    torch.testing.assert_close(ends, [ends[0]] * 4)
+    assert (ends[0] - 1 / 3).abs().max() > 1e-3
+
+
+def test_objective_that_was_moved_by_hand_begins_there(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"robust": "group_dro", "robust_options": {"step_size": 0.0}, "save_strategy": "no"}
+    trainer = Run(tmp_path / "run", options={**options, "max_steps": 1}).trainer()
+    robust = trainer.objective.robust
+    robust.load_state_dict({**robust.state_dict(), "log_weights": torch.tensor([0.5, 0.3, 0.2]).double().log()})
+    for _ in range(2):
+        trainer.train()
+        torch.testing.assert_close(robust.weights, torch.tensor([0.5, 0.3, 0.2]).double())
+
+
+def test_count_of_skipped_steps_begins_anew_unless_the_training_is_resumed(tmp_path: Path) -> None:
+    options = {"on_nonfinite": "skip", "eval_strategy": "no", "max_steps": 3, "save_strategy": "no"}
+    trainer = Run(tmp_path / "run", options=options).trainer()
+    compute = trainer.preference_output
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        output = compute(*args, **kwargs)
+        return replace(output, loss=output.loss * float("nan")) if trainer.state.global_step == 1 else output
+
+    trainer._window._weighting._forward = spoilt
+    for _ in range(2):
+        trainer.train()
+        assert trainer._monitor.guard.skipped_steps == 1
+
+
 def test_count_of_skipped_steps_goes_on(stopped: Callable[..., Run]) -> None:
     """One step before the checkpoint is skipped, as its loss is not finite, and none after it."""
     run = Run(stopped().folder, options={"on_nonfinite": "skip", "logging_steps": 1})
