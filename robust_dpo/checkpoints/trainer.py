@@ -172,6 +172,13 @@ class CheckpointedTrainer(Trainer):
             load_parts(Path(checkpoint), self.stateful_parts())
             refuse_nonfinite(self.model, None if self.is_deepspeed_enabled else self.optimizer)
 
+    def _load_best_model(self) -> None:
+        """As in transformers, with the state of the parts that belongs to those weights."""
+        super()._load_best_model()
+        best = str(self.state.best_model_checkpoint)
+        with raised_together(self.accelerator, lambda reason: f"{best}, the best model, cannot be loaded: {reason}"):
+            load_parts(Path(best), self.stateful_parts())
+
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             with self._loaded(checkpoint):

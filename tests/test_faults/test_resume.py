@@ -310,6 +310,19 @@ def test_best_checkpoint_is_named_by_where_it_is(tmp_path: Path) -> None:
         assert torch.equal(stored[name], value), name
 
 
+def test_best_model_comes_with_its_weights_of_domains(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"robust": "group_dro", "robust_options": {"step_size": 2.0}, "eval_steps": 2}
+    # The largest loss, so that it is not the last.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = Run(tmp_path / "run", options={**options, **best}).trainer()
+    trainer.train()
+    assert trainer.state.best_global_step < trainer.state.global_step
+    folder = Path(trainer.state.best_model_checkpoint)
+    state = torch.load(folder / "robust_dpo_state.pt", weights_only=True)["objective"]
+    assert torch.equal(trainer.objective.robust.weights, state["log_weights"].exp())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_rotation_keeps_the_last_ones(limit: int, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", options={"save_steps": 1, "save_total_limit": limit})
