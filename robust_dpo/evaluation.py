@@ -100,6 +100,8 @@ def evaluate_ranking(
             # a loss without a reference where there is none; its value is not reported
             loss_type="sft" if ref_model is None else loss,
             beta=None if ref_model is None else beta,
+            # no ranking depends on it, and not every model's can be had
+            router_aux_loss_coef=0.0,
             per_device_eval_batch_size=batch_size,
             max_length=max_length,
             report_to=[],

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from problems import make_problem, relative_error
 from torch import Tensor
@@ -61,8 +61,26 @@ def test_steps_are_those_of_the_paper(steps: list[list[tuple[float, float, int]]
         objective.advance(losses, calibration, labels)
         close(objective.weights, tensor(q))
     held = objective.at(labels, training=False).solve(losses, calibration)
-    close(held.value, by_hand(q, batch, 0.0)[1])
+    # A domain that is not there has no part in the mean of those that are.
+    there = math.fsum(q[domain] for domain in {*labels.tolist()})
+    assume(there > 1e-100)
+    close(held.value, by_hand(q, batch, 0.0)[1] / there, 1e-8)
     close(objective.weights, tensor(q))
+
+
+@pytest.mark.parametrize("gap", [1.0, 5000.0], ids=["plain", "weights-of-zero"])
+def test_evaluation_of_some_domains_is_a_mean_of_their_losses(gap: float) -> None:
+    """Also where their weights are too small for a number that is not a logarithm."""
+    objective = GroupDRO(NAMES, 1.0)
+    objective.advance(tensor([0.0, gap, math.log(3)]), None, torch.arange(3))
+    losses, h = tensor([2.0, 4.0, 10.0]), tensor([1.0, 0.5, 2.0])
+    solution = objective.at(torch.tensor([0, 0, 2]), training=False).solve(losses, h)
+    close(solution.value, 0.25 * 2 + 0.75 * 20)
+    close(solution.coefficients, tensor([0.125, 0.0625, 1.5]))
+    close(solution.weights, tensor([0.125, 0.125, 0.75]))
+    for domain in range(3):
+        alone = objective.at(torch.tensor([domain] * 3), training=False).solve(losses, h)
+        close(alone.value, (losses * h).mean())
 
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
@@ -217,6 +235,17 @@ def test_state_goes_on_as_if_it_had_not_stopped() -> None:
 def test_state_of_other_domains_is_refused(names: list[str]) -> None:
     with pytest.raises(ValueError, match=r"state: expected that of the domains \['law', 'maths', 'poems'\], got"):
         GroupDRO(NAMES).load_state_dict(GroupDRO(names).state_dict())
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
+def test_losses_of_the_domains_that_are_there(calibrated: bool) -> None:
+    objective, labels = GroupDRO(NAMES, 1.0), torch.tensor([2, 0, 2])
+    losses, h = tensor([-3.0, -4.0, -5.0]), tensor([1.0, 2.0, 0.0])
+    found = objective.domain_losses(losses, h if calibrated else None, labels)
+    law, poems = (-8.0, -1.5) if calibrated else (-4.0, -4.0)
+    expected = {"domain_loss/law": law, "domain_loss/poems": poems, "worst_domain_loss": max(law, poems)}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
+    assert Mean().domain_losses(losses, h, labels) == {}
 
 
 def test_metrics_name_the_domains() -> None:

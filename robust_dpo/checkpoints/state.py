@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
+from robust_dpo.checkpoints.draft import CheckpointError
+
 logger = logging.getLogger(__name__)
 
 _FILE = "robust_dpo_state.pt"
@@ -23,12 +25,20 @@ def save_parts(folder: Path, parts: Mapping[str, Stateful]) -> None:
 
 
 def load_parts(folder: Path, parts: Mapping[str, Stateful]) -> None:
-    """Give parts the state that a checkpoint has of them; those that it does not know of begin anew, with a warning."""
+    """Give parts the state that a checkpoint has of them; those that it does not know of begin anew, with a warning.
+
+    Raises:
+        CheckpointError: a part refuses its state, which is that of another one.
+    """
     file = folder / _FILE
     stored = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
     for name, part in parts.items():
         if name in stored:
-            part.load_state_dict(stored[name])
+            try:
+                part.load_state_dict(stored[name])
+            except ValueError as other:
+                remedy = "give this run the rows and arguments of that one"
+                raise CheckpointError(f"{folder} is of a run with another {name}: {other}; {remedy}") from other
         else:
             logger.warning("%s has no state of %s, which begins anew", folder, name)
 

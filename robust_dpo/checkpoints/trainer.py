@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class CheckpointedTrainer(Trainer):
     """
 
     _draft: Draft | None = None
+    # Of the parts, from before the first training.
+    _first_states: dict[str, dict[str, Any]] | None = None
 
     def stateful_parts(self) -> Mapping[str, Stateful]:
         """What else has a state that a resumed run needs, by name; the same on every rank."""
@@ -39,6 +42,8 @@ class CheckpointedTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in transformers; checkpoints are checked before they are used.
+
+        A training that is not resumed begins with the parts as they were before the first one.
 
         Args:
             resume_from_checkpoint: True goes on from the last checkpoint that is whole; a path from that one, or not
@@ -60,7 +65,18 @@ class CheckpointedTrainer(Trainer):
         folder = decided_once(self.accelerator, checked)
         if self.args.save_strategy != "no":
             self._refuse_unwritable(directory)
+        self._renew_parts()
         return super().train(folder, *args, **kwargs)
+
+    def _renew_parts(self) -> None:
+        """Take back what an earlier training has made of the parts."""
+        parts = self.stateful_parts()
+        if self._first_states is None:
+            # A state may be the very tensors that the part goes on to change.
+            self._first_states = deepcopy({name: part.state_dict() for name, part in parts.items()})
+            return
+        for name, part in parts.items():
+            part.load_state_dict(deepcopy(self._first_states[name]))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, which takes one step more where it resumes at the last one, in the middle of an epoch."""
@@ -155,6 +171,13 @@ class CheckpointedTrainer(Trainer):
         with self._loaded(checkpoint):
             load_parts(Path(checkpoint), self.stateful_parts())
             refuse_nonfinite(self.model, None if self.is_deepspeed_enabled else self.optimizer)
+
+    def _load_best_model(self) -> None:
+        """As in transformers, with the state of the parts that belongs to those weights."""
+        super()._load_best_model()
+        best = str(self.state.best_model_checkpoint)
+        with raised_together(self.accelerator, lambda reason: f"{best}, the best model, cannot be loaded: {reason}"):
+            load_parts(Path(best), self.stateful_parts())
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

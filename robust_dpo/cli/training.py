@@ -86,7 +86,7 @@ class TrainingRun:
         """
         console = Console()
         config = self._trainer_config()
-        domain_column = self.options["domain_column"] or (DOMAIN if config.objective().needs_domains else None)
+        domain_column = (self.options["domain_column"] or DOMAIN) if config.objective().needs_domains else None
         rows = self._rows("data", domain_column, console)
         eval_rows = None
         if self.options["eval_data"] is not None:

@@ -64,6 +64,11 @@ class RobustObjective(ABC):
         return repr(self)
 
     @property
+    def has_parameter(self) -> bool:
+        """Whether the `parameter` of a solution is a finite robustness, to be logged."""
+        return True
+
+    @property
     def needs_domains(self) -> bool:
         """Whether it depends on the domains of the groups: then `at(labels)` is what solves a batch."""
         return False
@@ -107,6 +112,15 @@ class RobustObjective(ABC):
                 does one whose losses are not finite.
         """
         return None
+
+    def domain_losses(self, losses: Tensor, calibration: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        """Numbers [] of an evaluation by its domains, by name, for logs. Looks which domains there are.
+
+        Args:
+            losses, calibration: as in `solve`, of all groups.
+            labels: as in `at`.
+        """
+        return {}
 
     def metrics(self) -> dict[str, Tensor]:
         """Numbers [] of the state, by name, for logs."""

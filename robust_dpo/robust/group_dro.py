@@ -55,6 +55,11 @@ class GroupDRO(RobustObjective):
         self._log_weights = torch.zeros(len(self.domains), dtype=torch.float64, device="cpu").log_softmax(0)
 
     @property
+    def has_parameter(self) -> bool:
+        """No: η is how fast the weights move, and does not say how far."""
+        return False
+
+    @property
     def needs_domains(self) -> bool:
         return True
 
@@ -83,10 +88,11 @@ class GroupDRO(RobustObjective):
         return torch.tensor([numbers[name] for name in names], dtype=torch.int64, device="cpu")
 
     def at(self, labels: Tensor, *, training: bool = True) -> DomainBatch:
-        """The objective of one batch; without `training`, Σ_k q_k L_k with q as it is."""
+        """The objective of one batch; without `training`, Σ_k q_k L_k / Σ_k q_k over its domains with q as it is."""
         if not self.domains:
             raise argument_error("domains", "the names of the data's domains, GroupDRO(domains=[...])", "none")
-        return DomainBatch(labels, self._log_weights, self.step_size if training else 0.0)
+        batch = DomainBatch(labels, self._log_weights, self.step_size)
+        return batch if training else batch.held()
 
     def solve(
         self, losses: Tensor, calibration: Tensor | None = None, log_normalizer: Tensor | float | None = None
@@ -102,6 +108,15 @@ class GroupDRO(RobustObjective):
         means, _ = self.at(labels).means(_exact(calibrated(losses, calibration)))
         now = self._log_weights.to(means)
         self._log_weights = torch.where(means.isfinite().all() & taken, _stepped(now, means, self.step_size), now)
+
+    def domain_losses(self, losses: Tensor, calibration: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        """L_k of the domains that are there, and the largest of them, which does not depend on q."""
+        losses, calibration = whole_batch(self, losses, calibration, None)
+        means, sizes = self.at(labels).means(_exact(calibrated(losses, calibration)))
+        there = sizes.nonzero().flatten().tolist()
+        return {f"domain_loss/{self.domains[domain]}": means[domain] for domain in there} | {
+            "worst_domain_loss": means[there].amax()
+        }
 
     def metrics(self) -> dict[str, Tensor]:
         return {f"domain_weight/{name}": weight for name, weight in zip(self.domains, self.weights, strict=True)}
@@ -158,15 +173,24 @@ class DomainBatch(RobustObjective):
     def key(self) -> str:
         return f"GroupDRO(step_size={self.step_size}, batch={self.number})"
 
+    def held(self) -> DomainBatch:
+        """With q as it is, but of sum 1 over the domains of the batch: its value is then a mean of their losses."""
+        present = self._members(self.labels.device).any(0)
+        known = self.log_weights.to(_exact(self.labels.new_zeros((), dtype=torch.float32)))
+        return replace(self, log_weights=known.where(present, -torch.inf).log_softmax(0), step_size=0.0)
+
     def means(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """L [D], 0 where there is no group, and n [D], the number of groups; of values [G]."""
         if values.shape != self.labels.shape:
             raise argument_error("labels", f"shape {list(values.shape)}, one per group", list(self.labels.shape))
-        domains = torch.arange(len(self.log_weights), device=values.device)
         # Not scatter_add, which on a GPU adds in any order: ranks would drift apart, and resumed runs.
-        member = self.labels.to(values.device)[:, None] == domains
+        member = self._members(values.device)
         sizes = member.sum(0)
         return values[:, None].where(member, 0).sum(0) / sizes.clamp(min=1), sizes
+
+    def _members(self, device: torch.device) -> Tensor:
+        """[G, D] bool, the domain of each group."""
+        return self.labels.to(device)[:, None] == torch.arange(len(self.log_weights), device=device)
 
     @torch.no_grad()
     def solve(

@@ -22,6 +22,10 @@ class Mean(ExponentialTilt):
     """
 
     @property
+    def has_parameter(self) -> bool:
+        return False
+
+    @property
     def temperature(self) -> float:
         return math.inf
 

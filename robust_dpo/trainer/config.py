@@ -36,7 +36,7 @@ class RobustDPOConfig(TrainingArguments):
     Defaults that differ from TrainingArguments: `learning_rate` 1e-6 and `logging_steps` 10 (as in TRL),
     `remove_unused_columns` False (the collator needs columns that the model does not take), and what keeps the host
     from waiting for the device at every micro-batch: `logging_nan_inf_filter` False, `accelerator_config.non_blocking`
-    True.
+    True. `gradient_checkpointing_kwargs` that do not say so get `use_reentrant=False`.
     `per_device_train_batch_size` counts groups (prompts), each with all of its responses.
 
     Raises:
@@ -194,6 +194,12 @@ class RobustDPOConfig(TrainingArguments):
         if own_accelerator is None:
             # Otherwise a copy from pinned memory waits for all that the device has to do before.
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        # transformers has two names for them, of which older versions know the second only.
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            options = getattr(self, name, None)
+            if isinstance(options, dict):
+                # What transformers takes where there are no options at all; torch would take the other form.
+                setattr(self, name, {"use_reentrant": False, **options})
         loss_type: object = self.loss_type
         if isinstance(loss_type, list) and len(loss_type) == 1:
             # TRL's DPOConfig holds a list of losses to add up.

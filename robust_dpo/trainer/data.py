@@ -129,9 +129,11 @@ class RowPreparation:
             )
 
     def _domain_column(self, rows: Rows) -> str | None:
-        """The column that names the domains of rows, where they are wanted."""
-        column = self.args.domain_column or (DOMAIN if self.args.objective().needs_domains else None)
-        if column is None or not isinstance(rows, Dataset) or column in rows.column_names:
+        """The column that names the domains of rows, where the objective reads them."""
+        if not self.args.objective().needs_domains:
+            return None
+        column = self.args.domain_column or DOMAIN
+        if not isinstance(rows, Dataset) or column in rows.column_names:
             return column
         # Rows that were read with the same column have it as their domain by now.
         return DOMAIN if DOMAIN in rows.column_names else column

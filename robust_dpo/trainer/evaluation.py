@@ -38,7 +38,6 @@ def evaluate_groups(
     objective: BatchObjective,
     *,
     reward_beta: float,
-    weighs_groups: bool,
 ) -> EvaluationResult:
     """The objective over a whole data set as one batch, so that it does not depend on the batch size.
 
@@ -47,7 +46,6 @@ def evaluate_groups(
         like: a table that says which columns are in use.
         objective: what is minimised in training.
         reward_beta: scale of the rewards.
-        weighs_groups: whether the objective is no plain mean.
     """
     if not isinstance(predictions, np.ndarray):
         first, *others = predictions
@@ -55,15 +53,19 @@ def evaluate_groups(
             first = nested_concat(first, other)
         predictions = first
     table = like.of_tensor(torch.from_numpy(predictions))
-    solution = objective.solve(table, training=False)
+    solution, aggregation = objective.solve(table, training=False), objective.robust
     columns = [group_metrics(table.groups, reward_beta), logp_accuracies(table.groups)]
+    domains: dict[str, Tensor] = {}
+    if table.labels is not None:
+        domains = aggregation.domain_losses(solution.group_losses, table.calibration, table.labels)
     calibration = torch.ones_like(solution.group_losses) if table.calibration is None else table.calibration
     robust = solution.robust
     metrics: dict[str, Tensor] = {
         "loss": solution.value,
         **solution.terms,
+        **domains,
         **known_means(dict(zip(GROUP_METRICS, columns[0].unbind(1), strict=True))),
-        **robust_metrics(robust.weights.amax(), robust.ess, robust.parameter if weighs_groups else None),
+        **robust_metrics(robust.weights.amax(), robust.ess, robust.parameter if aggregation.has_parameter else None),
     }
     own = torch.stack([solution.group_losses, calibration], dim=1)
     return EvaluationResult(

@@ -110,7 +110,7 @@ class _Ranked:
 def robust_metrics(max_weight: Tensor, ess: Tensor, parameter: Tensor | None) -> dict[str, Tensor]:
     """Largest weight, effective sample size and λ in force, by their names; all [].
 
-    `parameter` is None for the mean, whose λ is infinite: JSON has no infinity.
+    `parameter` is None where there is none to tell of: that of the mean is infinite, and JSON has no infinity.
     """
     metrics = {"robust/ess": ess, "robust/max_weight": max_weight}
     return metrics if parameter is None else {**metrics, "robust/lambda": parameter}

@@ -26,7 +26,6 @@ class TrainingMonitor:
         robust: the aggregation.
         skip_nonfinite: leave out steps that are not finite, instead of ending the run.
         reward_beta: scale of the rewards.
-        weighs_groups: whether the aggregation is no plain mean.
 
     Attributes:
         guard, objective_steps: callbacks of the trainer.
@@ -42,10 +41,9 @@ class TrainingMonitor:
         *,
         skip_nonfinite: bool,
         reward_beta: float,
-        weighs_groups: bool,
     ) -> None:
         self._accelerator, self._skips = accelerator, skip_nonfinite
-        self._reward_beta, self._weighs_groups = reward_beta, weighs_groups
+        self._robust, self._reward_beta = robust, reward_beta
         self._means = RunningMeans()
         self._step_ids: list[str] = []
         self._last_weights: tuple[Tensor, list[str]] | None = None
@@ -74,7 +72,7 @@ class TrainingMonitor:
     def _watch_step(self, solution: WindowSolution) -> None:
         # What is not finite counts as unknown.
         known = {"loss": solution.value.where(solution.value.isfinite(), float("nan"))}
-        parameter = solution.parameter if self._weighs_groups else None
+        parameter = solution.parameter if self._robust.has_parameter else None
         self._means.add(known | dict(solution.terms) | robust_metrics(solution.max_weight, solution.ess, parameter))
         self._last_weights = solution.weights, self._step_ids
         self.guard.watch_step(solution.value)

@@ -13,7 +13,7 @@ from robust_dpo.layout import LayoutPlan, plan_layout
 from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.head import LogitTransform
 from robust_dpo.trainer.models import has_sharded_parameters
-from robust_dpo.trainer.router import RouterLoss, plan_router_loss
+from robust_dpo.trainer.router import RouterLoss, may_reenter, plan_router_loss
 from robust_dpo.trainer.scoring import SequenceScorer
 from robust_dpo.trainer.self_check import HeadCheck, check_head
 
@@ -38,7 +38,8 @@ class ScorerPlanner:
         """Runs `model`, which messages call `name`.
 
         Raises:
-            ValueError: `head_route`, `layout` or `router_aux_loss_coef` asks for what the model cannot take.
+            ValueError: `head_route`, `layout` or `router_aux_loss_coef` asks for what the model, or its checkpointing,
+            cannot take.
         """
         check, layout = self._check_head(model, name), self._plan_layout(model, name, trains)
         return SequenceScorer(check, self.args.backend, layout, self._router(model) if trains else None)
@@ -46,10 +47,15 @@ class ScorerPlanner:
     def _router(self, model: nn.Module) -> RouterLoss | None:
         args = self.args
         loss = plan_router_loss(model, args.router_aux_loss_coef, trial=not self.is_sharded(model))
-        options = args.gradient_checkpointing_kwargs or {}
-        if loss is not None and args.gradient_checkpointing and options.get("use_reentrant"):
-            expected = "use_reentrant=False, without which a model's router logits carry no gradient"
-            raise argument_error("gradient_checkpointing_kwargs", expected, options)
+        if loss is None:
+            return None
+        expected = "use_reentrant=False, without which a model's router logits carry no gradient"
+        if args.gradient_checkpointing:
+            # Those of the model are replaced when the training begins.
+            if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+                raise argument_error("gradient_checkpointing_kwargs", expected, args.gradient_checkpointing_kwargs)
+        elif (reentrant := may_reenter(model)) is not None:
+            raise argument_error("model", f"one whose checkpoints say {expected}", reentrant)
         return loss
 
     def is_sharded(self, model: nn.Module) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from robust_dpo.checkpoints.ranks import decided_once
 from robust_dpo.data.fingerprint import rows_fingerprint
 from robust_dpo.data.lengths import TokenLengths
 from robust_dpo.errors import DataError, argument_error
@@ -86,22 +88,45 @@ class Precomputation:
         Raises:
             DataError: the reference gives a response no finite log-prob.
             ValueError: not every process sees the cache.
+            OSError: the main process cannot write; on all of them.
         """
         key, lengths = self.key(dataset), TokenLengths.of(dataset)
-        if not self._agreed(self.accelerator.is_main_process and self._usable(key, dataset, lengths, name)):
-            journal: AbstractContextManager[Journal | None] = nullcontext()
-            if self.accelerator.is_main_process:
-                journal = exclusive_journal(self.cache.journal_path(key), key.digest)
-            with journal as kept:
-                values = self._compute(dataset, lengths, batch_size, kept, name)
-                if self.accelerator.is_main_process:
-                    path = self.cache.save(key, values, lengths.sizes)
-                    logger.info("reference log-probs of %s: wrote %s", name, path)
-            self.accelerator.wait_for_everyone()
+        if not decided_once(self.accelerator, lambda: self._usable(key, dataset, lengths, name)):
+            self._make(key, dataset, lengths, batch_size, name)
         path = self.cache.path(key)
         if not all(gather_object([path.is_file()])):
             raise argument_error("cache_dir", "a directory that all processes see", self.cache.directory)
         return concatenate_datasets([dataset, Dataset.from_file(str(path))], axis=1)
+
+    def _make(self, key: CacheKey, dataset: Dataset, lengths: TokenLengths, batch_size: int, name: str) -> None:
+        """Compute the log-probs and let the main process write them."""
+        with ExitStack() as until_saved:
+            journals: list[Journal | None] = []
+
+            def begin() -> None:
+                journal = exclusive_journal(self.cache.journal_path(key), key.digest)
+                journals.append(until_saved.enter_context(journal))
+
+            def end() -> None:
+                path = self.cache.save(key, values, lengths.sizes)
+                until_saved.close()
+                logger.info("reference log-probs of %s: wrote %s", name, path)
+
+            self._write(begin, name)
+            values = self._compute(dataset, lengths, batch_size, journals[0] if journals else None, name)
+            self._write(end, name)
+
+    def _write(self, write: Callable[[], None], name: str) -> None:
+        """Let the main process write something; where it cannot, all raise: the others would wait for it."""
+
+        def described() -> None:
+            try:
+                write()
+            except OSError as error:
+                reason = f"reference log-probs of {name} cannot be written ({error.strerror or error})"
+                raise OSError(error.errno, reason, str(self.cache.directory)) from error
+
+        decided_once(self.accelerator, described)
 
     def key(self, dataset: Dataset) -> CacheKey:
         """What the log-probs of a data set depend on."""
@@ -168,8 +193,7 @@ class Precomputation:
             if not np.isfinite(values).all():
                 raise DataError(_no_log_prob(dataset, members, values, lengths))
             found.append(values)
-            if journal is not None:
-                journal.append(values)
+            self._write(partial(_keep, journal, values), name)
         # From the order of computation to that of the rows.
         starts = np.cumsum(lengths.sizes) - lengths.sizes
         target = np.arange(int(sizes.sum())) + np.repeat(starts[order] - (np.cumsum(sizes) - sizes), sizes)
@@ -210,9 +234,10 @@ class Precomputation:
         values: Values = torch.cat(logps).cpu().double().numpy()
         return values
 
-    def _agreed(self, of_main_process: bool) -> bool:
-        """What the main process says, on all of them."""
-        return bool(broadcast_object_list([of_main_process])[0])
+
+def _keep(journal: Journal | None, values: Values) -> None:
+    if journal is not None:
+        journal.append(values)
 
 
 def _no_log_prob(dataset: Dataset, members: list[int], values: Values, lengths: TokenLengths) -> str:

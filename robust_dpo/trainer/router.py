@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_dpo.errors import argument_error
 from robust_dpo.expert_load import RouterPass, load_balancing_loss
@@ -64,6 +64,20 @@ def plan_router_loss(model: Any, coefficient: float | None, *, trial: bool) -> R
     if trial and (reason := _why_not(base, loss)):
         raise argument_error(_ARGUMENT, f"0 for {type(base).__name__}: {reason}", coefficient)
     return loss
+
+
+def may_reenter(model: nn.Module) -> str | None:
+    """How a model checkpoints its activations; None where it does not, or in the form that is not reentrant.
+
+    The logits of routers are gathered by hooks. A reentrant checkpoint runs these without a graph, and a function that
+    does not say which form it is counts as one.
+    """
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant") is not False:
+                return f"{type(module).__name__} with {function}"
+    return None
 
 
 class CountedPlaces(NamedTuple):

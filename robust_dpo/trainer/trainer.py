@@ -155,7 +155,6 @@ class RobustDPOTrainer(CheckpointedTrainer):
             robust,
             skip_nonfinite=args.on_nonfinite == "skip",
             reward_beta=args.reward_beta,
-            weighs_groups=args.weighs_groups,
         )
         self.add_callback(self._monitor.guard)
         self.add_callback(self._monitor.objective_steps)
@@ -224,6 +223,9 @@ class RobustDPOTrainer(CheckpointedTrainer):
         robust = self.objective.robust
         if not robust.needs_domains or "domain_labels" in batch:
             return batch
+        if "domains" not in batch:
+            expected = "one that gives `domains`, the name of each group's domain, as PreferenceCollator does"
+            raise argument_error("data_collator", expected, f"a batch of {', '.join(batch)}")
         labels = robust.labels_of(batch["domains"]).to(batch["input_ids"].device, non_blocking=True)
         return {**batch, "domain_labels": labels}
 
@@ -404,13 +406,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         """
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert self._evaluated is not None
-        result = evaluate_groups(
-            output.predictions,
-            self._evaluated,
-            self.objective,
-            reward_beta=self.args.reward_beta,
-            weighs_groups=self.args.weighs_groups,
-        )
+        result = evaluate_groups(output.predictions, self._evaluated, self.objective, reward_beta=self.args.reward_beta)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()})
         return output._replace(predictions=result.table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
@@ -15,7 +16,8 @@ import pytest
 import torch
 from faulty_runs import Run, environments, finish_ranks, sharded
 
-from robust_dpo.checkpoints import CheckpointError, write_manifest
+from robust_dpo import reference_cache
+from robust_dpo.checkpoints import write_manifest
 
 OPTIONS = {"ddp_backend": "gloo", "save_steps": 2, "max_steps": 4}
 
@@ -24,13 +26,18 @@ OPTIONS = {"ddp_backend": "gloo", "save_steps": 2, "max_steps": 4}
 def messages(tmp_path: Path) -> Callable[..., list[str]]:
     """A run, a fault of one rank → what each rank ended with."""
 
-    def end(run: Run, limited: int | None = None, limit: int = 0, lost: bool = False, resume: str = "") -> list[str]:
-        """`limited` may not write files of more than `limit` bytes; with `lost` the directory becomes a file."""
+    def end(
+        run: Run, limited: int | None = None, limit: int = 0, lost: bool = False, resume: str = "", full: str = ""
+    ) -> list[str]:
+        """`limited` may not write files of more than `limit` bytes; with `lost` the directory becomes a file.
+
+        The writer of reference log-probs that `full` names finds no space on rank 0.
+        """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["faulty_runs"])
         processes = []
         for rank, environment in enumerate(environments()):
-            fault = (limit if rank == limited else None, lost and rank == 0)
+            fault = (limit if rank == limited else None, lost and rank == 0, full if rank == 0 else "")
             processes.append(context.Process(target=_outcome, args=(run, resume, environment, *fault)))
         for process in processes:
             process.start()
@@ -45,24 +52,31 @@ def messages(tmp_path: Path) -> Callable[..., list[str]]:
     return end
 
 
-def _outcome(run: Run, resume: str, environment: dict[str, object], limit: int | None, lost: bool) -> None:
+def _outcome(run: Run, resume: str, environment: dict[str, object], limit: int | None, lost: bool, full: str) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     torch.set_num_threads(1)
-    trainer = run.trainer()
-    if lost:
-        run.folder.rmdir()
-        run.folder.write_text("a file")
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    if full:
+        owner, _, method = full.partition(".")
+        setattr(getattr(reference_cache, owner), method, _no_space)
     text = "nothing"
     try:
+        trainer = run.trainer()
+        if lost:
+            run.folder.rmdir()
+            run.folder.write_text("a file")
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         trainer.train(resume_from_checkpoint=resume or None)
-    except CheckpointError as error:
+    except OSError as error:
         text = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     run.folder.with_name(f"message-{environment['RANK']}").write_text(text)
     torch.distributed.destroy_process_group()
+
+
+def _no_space(*args: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are those of POSIX")
@@ -96,6 +110,16 @@ def test_directory_that_rank_0_cannot_write(messages: Callable[..., list[str]], 
     first, second = messages(run, lost=True)
     assert first == second
     assert first.startswith(f"output_dir: expected a directory for checkpoints, got {run.folder}: ")
+
+
+@pytest.mark.parametrize("writer", ["Journal.__init__", "Journal.append", "Journal.close", "ReferenceCache.save"])
+def test_rank_0_without_space_for_reference_log_probs(
+    writer: str, messages: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run", options={**OPTIONS, "precompute_ref_log_probs": True})
+    first, second = messages(run, full=writer)
+    reason = f"reference log-probs of the training data cannot be written ({os.strerror(errno.ENOSPC)})"
+    assert first == second == f"[Errno {errno.ENOSPC}] {reason}: '{run.folder / 'reference_cache'}'"
 
 
 @pytest.mark.parametrize("name", ["rng_state_1.pth", "robust_dpo_state.pt", "scheduler.pt"])

@@ -98,10 +98,51 @@ def test_weights_of_domains_go_on_and_are_those_of_the_same_domains(
     assert state["domains"] == ["art", "law", "tax"] and len(set(state["log_weights"].tolist())) == 3
     names = ["art", "law", "prose", "tax"]
     other = Run(run.folder, options={**options, "robust_options": {"domains": names}})
-    with pytest.raises(ValueError, match=r"state: expected that of the domains \['art', 'law', 'prose', 'tax'\], got"):
+    message = (
+        r"checkpoint-4 is of a run with another objective: state: expected that of the domains "
+        r"\['art', 'law', 'prose', 'tax'\], got \['art', 'law', 'tax'\]; give this run the rows and .*"
+    )
+    with pytest.raises(CheckpointError, match=message):
         other.train(resume=True)
     run.train(resume=True)
     assert_same_end(run, whole_run(**options))
+
+
+def test_weights_of_domains_begin_anew_unless_the_training_is_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"robust": "group_dro", "robust_options": {"step_size": 1.0}, "learning_rate": 0.0}
+    options |= {"disable_dropout": True, "eval_strategy": "no", "save_total_limit": 4}
+    trainer = Run(tmp_path / "run", options=options).trainer()
+    robust, ends = trainer.objective.robust, []
+    for checkpoint in (None, None, tmp_path / "run" / "checkpoint-4", None):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ends.append(robust.weights.clone())
+    torch.testing.assert_close(ends, [ends[0]] * 4)
+    assert (ends[0] - 1 / 3).abs().max() > 1e-3
+
+
+def test_objective_that_was_moved_by_hand_begins_there(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"robust": "group_dro", "robust_options": {"step_size": 0.0}, "save_strategy": "no"}
+    trainer = Run(tmp_path / "run", options={**options, "max_steps": 1}).trainer()
+    robust = trainer.objective.robust
+    robust.load_state_dict({**robust.state_dict(), "log_weights": torch.tensor([0.5, 0.3, 0.2]).double().log()})
+    for _ in range(2):
+        trainer.train()
+        torch.testing.assert_close(robust.weights, torch.tensor([0.5, 0.3, 0.2]).double())
+
+
+def test_count_of_skipped_steps_begins_anew_unless_the_training_is_resumed(tmp_path: Path) -> None:
+    options = {"on_nonfinite": "skip", "eval_strategy": "no", "max_steps": 3, "save_strategy": "no"}
+    trainer = Run(tmp_path / "run", options=options).trainer()
+    compute = trainer.preference_output
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        output = compute(*args, **kwargs)
+        return replace(output, loss=output.loss * float("nan")) if trainer.state.global_step == 1 else output
+
+    trainer._window._weighting._forward = spoilt
+    for _ in range(2):
+        trainer.train()
+        assert trainer._monitor.guard.skipped_steps == 1
 
 
 def test_count_of_skipped_steps_goes_on(stopped: Callable[..., Run]) -> None:
@@ -267,6 +308,19 @@ def test_best_checkpoint_is_named_by_where_it_is(tmp_path: Path) -> None:
     stored = load_file(best / "model.safetensors")
     for name, value in trainer.model.named_parameters():
         assert torch.equal(stored[name], value), name
+
+
+def test_best_model_comes_with_its_weights_of_domains(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"robust": "group_dro", "robust_options": {"step_size": 2.0}, "eval_steps": 2}
+    # The largest loss, so that it is not the last.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = Run(tmp_path / "run", options={**options, **best}).trainer()
+    trainer.train()
+    assert trainer.state.best_global_step < trainer.state.global_step
+    folder = Path(trainer.state.best_model_checkpoint)
+    state = torch.load(folder / "robust_dpo_state.pt", weights_only=True)["objective"]
+    assert torch.equal(trainer.objective.robust.weights, state["log_weights"].exp())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])

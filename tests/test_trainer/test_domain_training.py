@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import TrainerCallback
 
+from robust_dpo.data import PreferenceCollator
 from robust_dpo.errors import DataError
 from robust_dpo.trainer import RobustDPOTrainer
 from robust_dpo.trainer.nonfinite import NonFiniteLossError
@@ -129,6 +130,44 @@ def test_evaluation_takes_the_weights_as_they_are(make: Any, rows: Any) -> None:
     assert torch.equal(robust.weights, before)
 
 
+def test_evaluation_of_a_part_of_the_domains_is_a_mean_over_them(make: Any, rows: Any) -> None:
+    parts = {name: [row for row in rows if row["topic"] in name.split("-")] for name in ("art", "law", "art-tax")}
+    trainer = make(eval_dataset=parts, max_steps=2)
+    trainer.train()
+    weights = dict(zip(trainer.objective.robust.domains, trainer.objective.robust.weights.tolist(), strict=True))
+    for part in parts.values():
+        losses = trainer.predict(part).predictions[:, 0]
+        topics = [row["topic"] for row in part]
+        means = {each: losses[[topic == each for topic in topics]].mean() for each in set(topics)}
+        expected = sum(weights[each] * mean for each, mean in means.items()) / sum(weights[each] for each in means)
+        found = trainer.evaluate(part)
+        assert found["eval_loss"] == pytest.approx(expected, rel=1e-6)
+        by_name = {f"eval_domain_loss/{each}": mean for each, mean in means.items()}
+        assert {key: found[key] for key in found if "domain_loss/" in key} == pytest.approx(by_name, rel=1e-6)
+        assert found["eval_worst_domain_loss"] == pytest.approx(max(means.values()), rel=1e-6)
+
+
+def test_the_best_model_may_be_that_of_the_least_worst_domain(make: Any, rows: Any) -> None:
+    """Which does not change with q, as the objective does: here the model stays as it is."""
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "worst_domain_loss"}
+    trainer = make(eval_dataset=rows, learning_rate=0.0, mode="dora", **often, **best)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert logs[0]["eval_loss"] < logs[1]["eval_loss"] < logs[0]["eval_worst_domain_loss"]
+    assert logs[1]["eval_worst_domain_loss"] == pytest.approx(logs[0]["eval_worst_domain_loss"])
+    assert trainer.state.best_metric == pytest.approx(logs[0]["eval_worst_domain_loss"])
+
+
+def test_no_robustness_is_logged_where_there_is_none(make: Any, rows: Any) -> None:
+    for options, told in (({}, False), ({"robust": "cvar", "robust_options": {"share": 0.5}}, True)):
+        trainer = make(eval_dataset=rows, max_steps=1, **options)
+        trainer.train()
+        names = {name for entry in trainer.state.log_history for name in entry} | {*trainer.evaluate()}
+        assert ("robust/lambda" in names) is ("eval_robust/lambda" in names) is told
+        assert {"robust/ess", "eval_robust/ess"} <= names
+
+
 def spoil_loss(trainer: RobustDPOTrainer, when: Callable[[], bool]) -> None:
     """Make what is backpropagated not finite, of group losses that are."""
     forward = trainer._window._weighting._forward
@@ -200,6 +239,18 @@ def test_rows_of_other_domains_are_refused(make: Any, rows: Any) -> None:
     assert known.objective.robust.domains == tuple(names)
     with pytest.raises(ValueError, match="domains: expected names among 'law', got 'art', 'tax'"):
         make(robust_options={"domains": ["law"]})
+
+
+def test_batches_without_domains_are_refused(make: Any, tokenizer: Any) -> None:
+    collator = PreferenceCollator.for_tokenizer(tokenizer)
+
+    def collate(rows: Any) -> dict[str, Any]:
+        return {name: value for name, value in collator(rows).items() if name != "domains"}
+
+    with pytest.raises(
+        ValueError, match=r"data_collator: expected one that gives `domains`, .*, got a batch of input_ids"
+    ):
+        make(data_collator=collate).train()
 
 
 def test_weights_of_a_micro_batch_are_refused(make: Any) -> None:

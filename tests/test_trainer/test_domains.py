@@ -67,10 +67,12 @@ def test_preparing_twice_changes_nothing(rows: Any, prepare: Any) -> None:
     assert prepare(once, robust="group_dro", domain_column="topic")[:] == once[:]
 
 
-def test_nobody_asks_nobody_gets(rows: Any, prepare: Any) -> None:
+@pytest.mark.parametrize("column", [None, "domain", "topic", "nowhere"])
+def test_nobody_asks_nobody_gets(column: str | None, rows: Any, prepare: Any, tokenizer: Any) -> None:
+    """A column that no objective reads may be missing."""
     named = [{**row, "domain": row["topic"]} for row in rows]
-    assert "domain" not in prepare(named, mode="erm").column_names
-    assert prepare(named, mode="erm", domain_column="domain")["domain"][:] == TOPICS
+    assert "domain" not in prepare(named, mode="erm", domain_column=column).column_names
+    assert "domain" not in prepare(tokenised(rows, tokenizer), mode="erm", domain_column=column).column_names
 
 
 def test_rows_without_a_domain_are_refused_with_what_to_do(rows: Any, prepare: Any, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from robust_dpo.data import PreferenceCollator, load_preferences, tokenize_groups
 from robust_dpo.evaluation import evaluate_ranking
+from robust_dpo.trainer.router import plan_router_loss
 
 
 @pytest.mark.parametrize("scored", [True, False], ids=["by score", "by position"])
@@ -47,3 +49,24 @@ def test_accuracies_are_shares_of_the_rejected_responses(
         assert result.per_group[name].tolist() == pytest.approx(expected), name
         assert getattr(result.overall, name) == pytest.approx(sum(expected) / len(expected)), name
     assert (result.overall.accuracy is None) == (not with_reference)
+
+
+def test_the_load_of_experts_is_no_part_of_it(
+    build_model: Any, build_rows: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a model's auxiliary loss is on, and none that could be trained with."""
+    model = build_model("mixtral-experts", output_router_logits=True)
+    data = load_preferences(build_rows(6)).dataset
+    plain = evaluate_ranking(model, tokenizer, data, ref_model=build_model(seed=2))
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def doubled(*args: Any, **options: Any) -> Any:
+        output = forward(*args, **options)
+        output.aux_loss = None if output.aux_loss is None else 2 * output.aux_loss
+        return output
+
+    monkeypatch.setattr(model, "forward", doubled)
+    with pytest.raises(ValueError, match="router_aux_loss_coef: expected 0 for MixtralForCausalLM"):
+        plan_router_loss(model, None, trial=True)
+    assert evaluate_ranking(model, tokenizer, data, ref_model=build_model(seed=2)).overall == plain.overall

@@ -215,3 +215,40 @@ def test_checkpoints_that_carry_no_gradient_are_refused(make_trainer: Any, exper
     with pytest.raises(ValueError, match="gradient_checkpointing_kwargs: expected use_reentrant=False"):
         make_trainer(experts(), **options)
     assert make_trainer(experts(), router_aux_loss_coef=0.0, **options).objective.router_coefficient == 0
+
+
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"preserve_rng_state": False}], ids=str)
+def test_checkpoints_that_the_model_brings_are_looked_at(options: Any, make_trainer: Any, experts: Any) -> None:
+    """Where nothing is said torch takes the reentrant form."""
+    model = experts()
+    model.activation_checkpointing_enable(options)
+    expected = (
+        r"model: expected one whose checkpoints say use_reentrant=False, .* got Mixtral.* with functools\.partial"
+    )
+    with pytest.raises(ValueError, match=expected):
+        make_trainer(model)
+    assert make_trainer(model, router_aux_loss_coef=0.0).objective.router_coefficient == 0
+    # They are replaced when the training begins.
+    assert make_trainer(model, gradient_checkpointing=True).objective.router_coefficient == COEFFICIENT
+
+
+@pytest.mark.parametrize("asked", [None, {}, {"preserve_rng_state": False}, {"use_reentrant": False}], ids=str)
+@pytest.mark.parametrize("brought", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_checkpoints_carry_the_gradient_of_the_auxiliary_loss(
+    asked: Any, brought: Any, train: Any, experts: Any
+) -> None:
+    model = experts()
+    if brought is not None:
+        model.activation_checkpointing_enable(brought)
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": asked}
+    found = _weights(train(model=model, router_aux_loss_coef=10.0, max_steps=1, **options))
+    for name, value in _weights(train(router_aux_loss_coef=10.0, max_steps=1)).items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-6, msg=name)
+
+
+def test_checkpoints_of_the_model_carry_the_gradient_of_the_auxiliary_loss(train: Any, experts: Any) -> None:
+    model = experts()
+    model.activation_checkpointing_enable()
+    found = _weights(train(model=model, router_aux_loss_coef=10.0, max_steps=1))
+    for name, value in _weights(train(router_aux_loss_coef=10.0, max_steps=1)).items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-6, msg=name)
