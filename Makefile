@@ -18,7 +18,7 @@ ARGS ?=
 OUT ?= runs/demo
 
 VENV := .venv
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py $(wildcard build_support/*.py csrc/*)
 PACKAGE := $(shell find robust_dpo/ kernels/ -type f -not -name '*.pyc' -not -name '*.so' -not -name '_build.json')
 
 .PHONY: demo test kernels other-torch bench lint clean

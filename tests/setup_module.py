@@ -1,23 +1,17 @@
-"""setup.py as a module, for tests of what it decides; importing it builds nothing."""
+"""What setup.py is made of, as modules, for tests of what it decides; importing them builds nothing."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-PATH = Path(__file__).resolve().parents[1] / "setup.py"
+ROOT = Path(__file__).resolve().parents[1]
 
 
-@functools.cache
-def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("robust_dpo_setup", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    with mock.patch("setuptools.setup"), mock.patch.dict("os.environ", {"ROBUST_DPO_BUILD": "none"}):
-        spec.loader.exec_module(module)
-    return module
+def build_module(name: str) -> ModuleType:
+    """build_support.<name>."""
+    with mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+        return importlib.import_module(f"build_support.{name}")

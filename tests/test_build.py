@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from setup_module import PATH, load_setup
+from setup_module import ROOT, build_module
 
-build = load_setup()
+extensions, settings, toolkits = (build_module(name) for name in ("extensions", "settings", "toolkit"))
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux only")
 WORKS = "case $1 in --version) echo 'release 12.4, V12.4.131';; *) echo compute_80; echo compute_90;; esac"
 NVIDIA = ("bin", "include", "lib64")
-CONDA = ("bin", build.CUDA_INCLUDES[-1], build.CUDA_LIBRARIES[-1])
-DEBIAN = ("bin", "include", build.CUDA_LIBRARIES[2])
+CONDA = ("bin", toolkits.CUDA_INCLUDES[-1], toolkits.CUDA_LIBRARIES[-1])
+DEBIAN = ("bin", "include", toolkits.CUDA_LIBRARIES[2])
 
 
 def executable(path: Path, script: str) -> Path:
@@ -49,7 +49,7 @@ def test_toolkits_of_every_maker_are_found(
 ) -> None:
     home = toolkit(tmp_path / "home", layout=layout)
     monkeypatch.setenv("CUDA_HOME", str(home))
-    found = build.find_toolkit()
+    found = toolkits.find_toolkit()
     assert (found.nvcc, found.include, found.libraries) == (home / "bin/nvcc", home / layout[1], home / layout[2])
     assert (found.version, found.archs) == ("12.4.131", ("80", "90"))
 
@@ -67,21 +67,21 @@ def test_a_toolkit_that_will_not_do_gives_way_to_the_next(
     script: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad, good = toolkit(tmp_path / "bad", script), toolkit(tmp_path / "good")
-    monkeypatch.setattr(build, "toolkit_homes", lambda: [bad, good])
-    assert build.find_toolkit().nvcc == good / "bin/nvcc"
-    monkeypatch.setattr(build, "toolkit_homes", lambda: [bad])
-    with pytest.raises(build.CompileError, match=why):
-        build.find_toolkit()
+    monkeypatch.setattr(toolkits, "toolkit_homes", lambda: [bad, good])
+    assert toolkits.find_toolkit().nvcc == good / "bin/nvcc"
+    monkeypatch.setattr(toolkits, "toolkit_homes", lambda: [bad])
+    with pytest.raises(toolkits.CompileError, match=why):
+        toolkits.find_toolkit()
     monkeypatch.setenv("CUDA_HOME", str(bad))  # nothing else will do where one is named
-    with pytest.raises(build.CompileError, match=f"CUDA_HOME={bad}: .*{why}"):
-        build.find_toolkit()
+    with pytest.raises(toolkits.CompileError, match=f"CUDA_HOME={bad}: .*{why}"):
+        toolkits.find_toolkit()
 
 
 def test_a_compiler_that_cannot_be_run_says_so(tmp_path: Path) -> None:
     home = toolkit(tmp_path)
     (home / "bin/nvcc").write_bytes(b"\x7fELF of another machine")
-    with pytest.raises(build.CompileError, match=r"bin/nvcc cannot be run: .*Exec format error"):
-        build.toolkit_in(home)
+    with pytest.raises(toolkits.CompileError, match=r"bin/nvcc cannot be run: .*Exec format error"):
+        toolkits.toolkit_in(home)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_a_compiler_that_cannot_be_run_says_so(tmp_path: Path) -> None:
 )
 def test_what_is_missing_is_named(file: str, missing: str, tmp_path: Path) -> None:
     (toolkit(tmp_path) / file).unlink()
-    with pytest.raises(build.CompileError) as caught:
-        build.toolkit_in(tmp_path)
+    with pytest.raises(toolkits.CompileError) as caught:
+        toolkits.toolkit_in(tmp_path)
     assert str(caught.value) == f"{tmp_path} holds {missing}"
 
 
@@ -113,7 +113,7 @@ def test_chips_are_read_as_others_write_them(
     text: str, archs: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ROBUST_DPO_CUDA_ARCHS", text)
-    assert build.wanted_archs() == archs
+    assert settings.wanted_archs() == archs
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_nvcc_is_given_the_compiler_of_cxx(
 ) -> None:
     if cxx is not None:
         monkeypatch.setenv("CXX", cxx)
-    assert build.host_compiler() == compiler
+    assert settings.host_compiler() == compiler
 
 
 @pytest.fixture
@@ -142,9 +142,11 @@ def tree(tmp_path: Path) -> Path:
     (source / "robust_dpo").mkdir()
     (source / "robust_dpo/__init__.py").touch()
     (source / "robust_dpo/kernels").mkdir()
-    shutil.copy(PATH, source)
+    shutil.copy(ROOT / "setup.py", source)
+    shutil.copytree(ROOT / "build_support", source / "build_support")
     (source / "pyproject.toml").write_text('[project]\nname = "robust_dpo"\nversion = "0"\n', encoding="utf-8")
-    for file in {*build.CPU_SOURCES, *build.CUDA_SOURCES, *(s for _, sources in build.ISAS.values() for s in sources)}:
+    of_isas = [file for _, sources in extensions.ISAS.values() for file in sources]
+    for file in {*extensions.CPU_SOURCES, *extensions.CUDA_SOURCES, *of_isas}:
         (source / file).touch()
     module = "#include <Python.h>\nPyMODINIT_FUNC PyInit_{}() {{ return nullptr; }}\n"
     (source / "csrc/bindings.cpp").write_text(module.format("_cpu"), encoding="utf-8")

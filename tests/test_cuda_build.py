@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from setup_module import load_setup
+from setup_module import build_module
 
 from robust_dpo.kernels.cuda_assembly import KernelReport, find_cuobjdump, read_kernel, reports_of
 from robust_dpo.probes import BUILD_REPORT
@@ -37,10 +37,10 @@ def reports(extension: Path) -> list[KernelReport]:
 
 def nvcc() -> Path | None:
     """The compiler that setup.py finds."""
-    build = load_setup()
+    toolkits = build_module("toolkit")
     try:
-        return Path(build.find_toolkit().nvcc)
-    except build.CompileError:
+        return Path(toolkits.find_toolkit().nvcc)
+    except toolkits.CompileError:
         return None
 
 

@@ -24,7 +24,10 @@ from test_cuda_build import nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = "ROBUST_DPO_OTHER_PYTHONS"
-COPIED = ("csrc", "kernels", "robust_dpo", "setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
+COPIED = (
+    *("build_support", "csrc", "kernels", "robust_dpo"),
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"),
+)
 WHEEL_BYTES = 20_000_000
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("csrc", "kernels", "robust_dpo", "docs", "tests", "benchmarks")
+COPIED = ("build_support", "csrc", "kernels", "robust_dpo", "docs", "tests", "benchmarks")
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "Makefile", "CHANGELOG.md")
 
 pytestmark = pytest.mark.slow
@@ -147,7 +147,8 @@ def test_sdist_holds_the_sources(source: Path, sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     native = {f"csrc/{path.name}" for path in (source / "csrc").iterdir()}
-    assert native | modules(source) | {"setup.py", "pyproject.toml", "LICENSE"} <= names
+    build = {"setup.py", *(f"build_support/{path.name}" for path in (source / "build_support").iterdir())}
+    assert native | modules(source) | build | {"pyproject.toml", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", "_build.json")) or "__pycache__" in name]
 
 

@@ -19,7 +19,7 @@ from robust_dpo.errors import DataError, argument_error
 FORMAT = 2
 FILE = "results.json"
 # What decides about the measurements; notes and results beside it do not.
-_CODE = ("robust_dpo", "kernels", "csrc", "setup.py")
+_CODE = ("robust_dpo", "kernels", "csrc", "setup.py", "build_support")
 # A process that dies this often at the same implementation was taken down by it.
 _DEATHS = 2
 
