@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from robust_dpo.errors import argument_error
-from robust_dpo.robust import ExponentialTilt
+from robust_dpo.robust import ExponentialTilt, RobustObjective
 from robust_dpo.window.objective import BatchObjective
 
 ROUTES = ("auto", "one_pass", "two_pass")
@@ -48,29 +48,39 @@ def plan_route(
     """
     if route == "two_pass":
         return RoutePlan("two_pass", scope)
-    alone = scope == "micro_batch" or micro_batches * accelerator.num_processes == 1
     reason = _why_no_tilt(objective) or (_why_not_rescaled(accelerator, sharded) if micro_batches > 1 else "")
     if scope == "global_batch" and not reason:
         return RoutePlan("one_pass")
-    if alone and not objective.adds_terms:
+    if _solved_in_one(objective, scope, micro_batches * accelerator.num_processes):
         return RoutePlan("in_one", scope)
     if route == "one_pass":
         raise argument_error("robust_route", f"'auto' or 'two_pass': {reason}", repr(route))
     return RoutePlan("two_pass", scope, reason)
 
 
+def _solved_in_one(objective: BatchObjective, scope: str, parts: int) -> bool:
+    """Whether the operator, which sees one micro-batch, gives what two passes give."""
+    if objective.adds_terms:
+        return False
+    # Weights that jump where losses tie, as all of them do where the policy still is the reference, must not depend on
+    # how the operator rounds: two passes compute both log-probs in the same way.
+    return scope == "micro_batch" or (parts == 1 and _is_tilt(objective.robust))
+
+
 def _why_no_tilt(objective: BatchObjective) -> str:
     """Why gradients of an objective cannot be accumulated before its weights are known; empty where they can."""
-    if objective.router_coefficient > 0:
-        return "the auxiliary loss of its routers couples all tokens of a step"
     if objective.adds_terms:
-        return "what is added to the aggregation over groups has a scale of its own"
+        added = "sft_weight" if objective.sft_weight > 0 else "the auxiliary loss of the experts"
+        return f"what {added} adds to the worst case has a scale of its own"
     if objective.loss.couples_groups:
         return f"the loss {objective.loss.name!r} couples the groups of a step"
-    robust = objective.robust
-    if robust.single_pass and isinstance(robust, ExponentialTilt):
+    if _is_tilt(objective.robust):
         return ""
-    return f"the groups of {robust.key} are coupled by more than one normaliser"
+    return f"the groups of {objective.robust.key} are coupled by more than one normaliser"
+
+
+def _is_tilt(robust: RobustObjective) -> bool:
+    return robust.single_pass and isinstance(robust, ExponentialTilt)
 
 
 def _why_not_rescaled(accelerator: Accelerator, sharded: bool) -> str:

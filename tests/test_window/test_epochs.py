@@ -140,12 +140,13 @@ class _Engine:
         self.gradient_state = type("State", (), {"plugin_kwargs": options})()
 
 
-def _objective(robust: RobustObjective, sft_weight: float = 0.0) -> BatchObjective:
-    return BatchObjective(resolve("sigmoid"), robust, sft_weight)
+def _objective(robust: RobustObjective, sft_weight: float = 0.0, loss: str = "sigmoid") -> BatchObjective:
+    return BatchObjective(resolve(loss), robust, sft_weight)
 
 
 BALL = _objective(KLRobust(radius=0.1))
 TILT = _objective(KLRobust())
+AOT = _objective(KLRobust(), loss="aot")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,9 @@ TILT = _objective(KLRobust())
         (TILT, _Engine(), 4, "one_pass", ""),
         (BALL, _Engine(), 1, "two_pass", "coupled by more than one normaliser"),
         (BALL, _Engine(num_processes=1), 2, "two_pass", "coupled by more than one normaliser"),
-        (BALL, _Engine(num_processes=1), 1, "in_one", ""),
+        (BALL, _Engine(num_processes=1), 1, "two_pass", "coupled by more than one normaliser"),
+        (AOT, _Engine(num_processes=1), 1, "in_one", ""),
+        (AOT, _Engine(num_processes=1), 2, "two_pass", "'aot' couples the groups"),
         (_objective(KLRobust(), 0.1), _Engine(num_processes=1), 1, "two_pass", "a scale of its own"),
         (TILT, _Engine("DEEPSPEED"), 4, "two_pass", "DeepSpeed takes the gradients"),
         (TILT, _Engine("DEEPSPEED"), 1, "one_pass", ""),
@@ -165,7 +168,17 @@ TILT = _objective(KLRobust())
         (TILT, _Engine(scaler=object()), 1, "one_pass", ""),
     ],
     ids=[
-        *("tilt", "radius", "radius-accumulated", "radius-in-one", "sft", "deepspeed", "deepspeed-one"),
+        *(
+            "tilt",
+            "radius",
+            "radius-accumulated",
+            "radius-in-one",
+            "aot",
+            "aot-accumulated",
+            "sft",
+            "deepspeed",
+            "deepspeed-one",
+        ),
         *("fsdp", "fsdp-one", "sync-each-batch", "fp16-scaler", "fp16-scaler-one"),
     ],
 )
