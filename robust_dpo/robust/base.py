@@ -65,7 +65,7 @@ class RobustObjective(ABC):
 
     @property
     def has_parameter(self) -> bool:
-        """Whether the `parameter` of a solution is a finite robustness, to be logged."""
+        """Whether the `parameter` of a solution is a finite λ in force, to be logged."""
         return True
 
     @property

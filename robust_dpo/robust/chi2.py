@@ -46,6 +46,10 @@ class Chi2(RobustObjective):
         else:
             object.__setattr__(self, "lam", check_number("lam", 1.0 if self.lam is None else self.lam, POSITIVE))
 
+    @property
+    def has_parameter(self) -> bool:
+        return self.radius is None
+
     @torch.no_grad()
     def solve(
         self, losses: Tensor, calibration: Tensor | None = None, log_normalizer: Tensor | float | None = None

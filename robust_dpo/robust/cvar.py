@@ -31,6 +31,10 @@ class CVaR(RobustObjective):
 
     share: float = 0.5
 
+    @property
+    def has_parameter(self) -> bool:
+        return False
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "share", check_number("share", self.share, _SHARE))
 

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
+import torch
 from transformers import TrainingArguments
 
 from robust_dpo import losses
@@ -190,6 +191,9 @@ class RobustDPOConfig(TrainingArguments):
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         own_accelerator: Any = self.accelerator_config
+        if self.use_cpu or not torch.accelerator.is_available():
+            # torch warns of it, once for each loader.
+            self.dataloader_pin_memory = False
         super().__post_init__()
         if own_accelerator is None:
             # Otherwise a copy from pinned memory waits for all that the device has to do before.
@@ -230,7 +234,10 @@ class RobustDPOConfig(TrainingArguments):
                 raise type_error(name, "a dictionary", getattr(self, name))
         if self.robust_options and self.robust is None:
             raise argument_error("robust_options", "none without robust", self.robust_options)
-        if self.radius is not None and self.robust is None and isinstance(from_mode(self.mode)[0], Mean):
+        if self.radius is not None and self.robust is not None:
+            expected = f"None beside robust={self.robust!r}, whose parameters are robust_options"
+            raise argument_error("radius", expected, self.radius)
+        if self.radius is not None and isinstance(from_mode(self.mode)[0], Mean):
             raise argument_error("radius", f"None with mode={self.mode!r}, which has no worst case", self.radius)
         self.bound_loss()
         self.objective()

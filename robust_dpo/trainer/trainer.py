@@ -305,7 +305,10 @@ class RobustDPOTrainer(CheckpointedTrainer):
             groups = len(batch["group_sizes"])
             objective = {"loss": LINEAR, "robust": Mean(), "scores": (groups * slopes).float()}
         with self.accelerator.autocast():
-            objective |= {"ref_logps": self._ref_logps(model, batch), "group_sizes": batch["group_sizes"]}
+            anchors = self._ref_logps(model, batch)
+            # What a model gives may be no number, which is no mistake of a caller: it must reach the loss.
+            known = None if anchors is None else anchors.where(anchors.isfinite(), 0.0)
+            objective |= {"ref_logps": known, "group_sizes": batch["group_sizes"]}
             routers: list[RouterPass] | None = None if load_slopes is None else []
             if self._scorer.fused:
                 output = ops.linear_preference_loss(**self._scorer.head_arguments(model, batch, routers), **objective)
@@ -314,7 +317,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
                 output = ops.preference_loss(logps, lengths=response_lengths(batch), **objective)
             if routers and load_slopes is not None:
                 output = replace(output, loss=output.loss + routers[0].weighted(load_slopes))
-        return output
+        return output if anchors is None else _anchored(output, anchors, batch["group_sizes"])
 
     def _ref_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
         if not self.bound_loss.needs_reference:
@@ -458,6 +461,19 @@ class RobustDPOTrainer(CheckpointedTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._monitor.guard.report()
         super()._save_checkpoint(model, trial)
+
+
+def _anchored(output: PreferenceOutput, ref_logps: Tensor, group_sizes: Tensor) -> PreferenceOutput:
+    """The output with the reference's log-probs [S] as they are; where one is no number, neither is the loss."""
+    ref_logps, unknown = ref_logps.to(output.logps), float("nan")
+    finite = layout_of(group_sizes, ref_logps.device).pad(ref_logps).isfinite().all(1)
+    return replace(
+        output,
+        loss=output.loss.where(finite.all(), unknown),
+        group_losses=output.group_losses.where(finite, unknown),
+        ref_logps=ref_logps,
+        log_ratios=output.logps - ref_logps,
+    )
 
 
 def _values(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset | None]:

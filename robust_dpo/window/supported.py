@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate import Accelerator
@@ -62,6 +63,10 @@ def refuse_unknown_groups(args: TrainingArguments, accelerator: Accelerator) -> 
         expected = "True with train_sampling_strategy='batch_rebalance', which repeats groups to fill up the last step"
         raise argument_error("dataloader_drop_last", expected, False)
     if accelerator.num_processes == 1:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1:
+            expected = "one that knows of all processes (without GPUs, use_cpu=True and ddp_backend='gloo')"
+            raise argument_error("args", expected, f"one for 1 of the {launched} that were launched")
         return
     if not accelerator.even_batches and not args.dataloader_drop_last:
         expected = "even_batches=True on several ranks (otherwise those with more batches wait for ever for the others)"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from test_trainer.conftest import VOCAB
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils.data import DataLoader, IterableDataset, Sampler
@@ -145,7 +146,7 @@ COUPLED: dict[str, dict[str, Any]] = {
     "cvar": {"robust": "cvar", "mode": "erm"},
     "chi2": {"robust": "chi2", "robust_options": {"lam": 0.1}, "mode": "dora"},
     "sft": {"sft_weight": 0.5},
-    # From the reference on: all groups tie in the first step, and only what rounds alike in every layout has one answer.
+    # From the reference on, all groups tie in the first step: only what rounds alike in every layout has one answer.
     "cvar-ties": {"robust": "cvar", "robust_options": {"share": 0.3}, "mode": "erm", "ref_model": None},
     "radius-ties": {"radius": 0.1, "mode": "dro", "ref_model": None},
     "chi2-radius-ties": {"robust": "chi2_radius", "mode": "erm", "ref_model": None},
@@ -215,6 +216,26 @@ def test_names_groups_that_only_training_finds_no_number_for(route: str, train: 
 
     with pytest.raises(NonFiniteLossError, match="row-"):
         train(robust_route=route, per_device_train_batch_size=12, callbacks=[Spoil()], on_nonfinite="stop")
+
+
+@pytest.mark.parametrize("route", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_reference_that_gives_no_number_is_named_by_its_group(
+    policy: str, route: str, train: Any, build_model: Any, build_rows: Any
+) -> None:
+    """A token that one group alone has is no number in its embedding."""
+    rows, reference = build_rows(12, probs=lambda rng: rng.random()), build_model(seed=1)
+    rows[7]["prompt"] += " unknown"
+    with torch.no_grad():
+        reference.get_input_embeddings().weight[VOCAB["<unk>"]] = float("nan")
+    options = {"train_dataset": rows, "ref_model": reference, "robust_route": route, "on_nonfinite": policy}
+    options |= {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 1}
+    if policy == "stop":
+        with pytest.raises(NonFiniteLossError, match=r"optimizer step 1 is not finite.*: row-7\."):
+            train(**options)
+    else:
+        trainer, _ = train(**options)
+        assert trainer.state.log_history[0]["robust/skipped_steps"] == 1
 
 
 def test_micro_batch_scope_depends_on_the_layout(train: Any) -> None:

@@ -243,6 +243,14 @@ def test_refuses_to_guess_who_has_which_groups(arguments: dict[str, Any], ranks:
         refuse_unknown_groups(args, _Ranks(**ranks))
 
 
+def test_refuses_processes_that_do_not_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun starts them where transformers finds no GPU and is not told to use CPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse_unknown_groups(_Arguments(), _Ranks())
+    with pytest.raises(ValueError, match=r"use_cpu=True and ddp_backend='gloo'.*, got one for 1 of the 2"):
+        refuse_unknown_groups(_Arguments(), _Ranks(num_processes=1))
+
+
 def test_refuses_a_model_that_is_split_over_devices() -> None:
     model = Policy(torch.zeros(FEATURES))
     refuse_split_model(model, "model")
