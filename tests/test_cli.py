@@ -300,6 +300,12 @@ BAD_CALLS = [
         id="no-model",
     ),
     pytest.param(
+        ["train", "--model", "none.safetensors", "--data", "{data}", "--mode", "erm", "--out", "{tmp}/r"],
+        ExitCode.MODEL,
+        "tokenizer none.safetensors: no such directory, and no name that the Hub could know",
+        id="no-model-file",
+    ),
+    pytest.param(
         ["train", "--model", "{model}", "--data", "{data}", "--mode", "dora", "--out", "{tmp}/r"],
         ExitCode.DATA,
         "robust-dpo calibrate",
@@ -376,7 +382,7 @@ BAD_CALLS = [
     pytest.param(
         ["train", "--model", "{model}", "--data", "{data}", "--mode", "erm", "--resume", "--out", "{tmp}/r"],
         ExitCode.USAGE,
-        "--resume: expected a checkpoint",
+        "--resume: expected a checkpoint to go on from, got none in",
         id="nothing-to-resume",
     ),
     pytest.param(
@@ -411,6 +417,14 @@ def test_bad_call(
     assert message in result.output
     assert "Traceback" not in result.output
     assert result.output.splitlines()[-1].startswith("robust-dpo: error: ")
+
+
+def test_nothing_to_resume_is_found_before_anything_is_read_or_made(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run("train", "--model", tmp_path / "none", "--data", tmp_path / "none.jsonl", "--out", out, "--resume")
+    assert result.exit_code == ExitCode.USAGE
+    assert f"--resume: expected a checkpoint to go on from, got none in {out / 'checkpoints'}" in result.output
+    assert not out.exists()
 
 
 def test_overwrite_replaces_runs_only(tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from robust_dpo.cli.failures import ModelError
 
+# A name with one of these is a file that is not there, and the Hub would be asked for it for most of a minute.
+_FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +22,7 @@ def load_causal_lm(name: str, dtype: str = "float32") -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
+    _refuse_missing_path("model", name)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -34,6 +38,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    _refuse_missing_path("tokenizer", name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -41,6 +46,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _refuse_missing_path(kind: str, name: str) -> None:
+    """Refuse a path that is not there, where the name cannot be one of the Hub, without asking it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if Path(name).exists():
+        return
+    reason = f"{kind} {name}: no such directory, and no name that the Hub could know"
+    if Path(name).suffix in _FILE_SUFFIXES:
+        raise ModelError(reason)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ModelError(reason) from error
 
 
 def _reason(name: str, error: Exception) -> str:

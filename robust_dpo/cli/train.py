@@ -68,7 +68,7 @@ def train(
         Mode,
         typer.Option(
             help="erm: mean loss. reweight: mean h·loss. dro: worst case. dora: calibrated worst case. "
-            "dora_outside: worst case times mean h.",
+            "dora_outside: worst case times mean h. (RobustDPOConfig in Python has dro as its default.)",
             rich_help_panel=OBJECTIVE_PANEL,
         ),
     ] = Mode.dora,
@@ -144,7 +144,11 @@ def train(
     ] = 100,
     save_steps: Annotated[
         int,
-        typer.Option(min=0, help="Optimizer steps between two checkpoints; 0: none.", rich_help_panel=TRAINING_PANEL),
+        typer.Option(
+            min=0,
+            help="Optimizer steps between two checkpoints, of which the last two are kept; 0: none.",
+            rich_help_panel=TRAINING_PANEL,
+        ),
     ] = 500,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.", rich_help_panel=TRAINING_PANEL)] = False,
     gradient_checkpointing: Annotated[
@@ -170,9 +174,9 @@ def train(
 ) -> None:
     """Train a model on preference data with the calibrated worst-case objective, or with one of its ablations.
 
-    The modes reweight and dora need `probs` in the data: run calibrate first. The run directory gets config.yaml (give
-    it to --config to repeat the run), metrics.jsonl, plots/, checkpoints/ and model/ with its tokenizer. A killed run
-    goes on with --resume and ends with the same weights.
+    The modes reweight, dora and dora_outside need `probs` in the data: run calibrate first. The run directory gets
+    config.yaml (give it to --config to repeat the run), metrics.jsonl, plots/, checkpoints/ and model/ with its
+    tokenizer. A killed run goes on with --resume and ends with the same weights.
 
     **Example**: `robust-dpo train --model Qwen/Qwen3-0.6B --data calibrated.jsonl --lam 1 --out runs/robust`
     """

@@ -84,6 +84,8 @@ class TrainingRun:
         Raises:
             DataError, ModelError, FileExistsError, ValueError: something that was asked for cannot be used.
         """
+        if self.resume:
+            self._refuse_to_resume()
         console = Console()
         config = self._trainer_config()
         domain_column = (self.options["domain_column"] or DOMAIN) if config.objective().needs_domains else None
@@ -97,9 +99,6 @@ class TrainingRun:
         ref_model = None if self.options["ref_model"] is None else load_causal_lm(self.options["ref_model"])
 
         run = RunDirectory.create(self.options["out"], overwrite=self.overwrite, resume=self.resume)
-        if self.resume:
-            self._refuse_nothing_to_resume(run)
-            run.refuse_changes(self.options)
         trainer = RobustDPOTrainer(
             model,
             ref_model,
@@ -168,10 +167,12 @@ class TrainingRun:
             return None
         return LoraConfig(r=rank, lora_alpha=self.options["lora_alpha"], task_type="CAUSAL_LM")
 
-    def _refuse_nothing_to_resume(self, run: RunDirectory) -> None:
-        """Before models are prepared; which checkpoint is whole, the trainer finds out."""
+    def _refuse_to_resume(self) -> None:
+        """Before data and models are loaded; which checkpoint is whole, the trainer finds out."""
+        run = RunDirectory(self.options["out"])
         if not anything_to_resume(run.checkpoints):
-            raise argument_error("--resume", "a checkpoint in --out to go on from", run.checkpoints)
+            raise argument_error("--resume", "a checkpoint to go on from", f"none in {run.checkpoints}")
+        run.refuse_changes(self.options)
 
 
 def _extra_fields(assignments: Sequence[str]) -> dict[str, Any]:

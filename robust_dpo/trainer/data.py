@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from robust_dpo.calibration.density_ratio import density_ratio
 from robust_dpo.calibration.rows import calibrate_rows
 from robust_dpo.data import BadRow, PreferenceCollator, load_preferences, tokenize_groups
 from robust_dpo.data.domains import DOMAIN, domain_of
@@ -20,12 +20,24 @@ from robust_dpo.data.fingerprint import json_fingerprint, tokenizer_fingerprint
 from robust_dpo.errors import DataError, argument_error, type_error
 from robust_dpo.robust import RobustObjective
 from robust_dpo.trainer.config import RobustDPOConfig
+from robust_dpo.trainer.given_columns import (
+    CALIBRATION,
+    REF_LOGPS,
+    require_fitting_ref_logps,
+    require_usable_calibration,
+    warn_of_unread,
+)
 
 Rows: TypeAlias = "Dataset | str | Path | Iterable[Mapping[str, Any]]"
 """A data set, the file or hub name of one, or dictionaries."""
 
 _TOKENISED = {"prompt_ids", "response_ids"}
-_ROWS_AT_ONCE = 4096
+# Of `density_ratio`; the others are about the shape of `probs`, which rows settle.
+_CALIBRATION_OPTIONS = [
+    name
+    for name, parameter in inspect.signature(density_ratio).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("per_source", "group_size")
+]
 
 
 @dataclass(frozen=True)
@@ -45,11 +57,21 @@ class RowPreparation:
         args: of the run.
         tokenizer: of the model.
         objective: of the run, which may know some domains only; None is one that knows all.
+
+    Raises:
+        ValueError: `calibration_options` has a name that `density_ratio` does not know for rows.
     """
 
     args: RobustDPOConfig
     tokenizer: PreTrainedTokenizerBase
     objective: RobustObjective | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.args.options("calibration_options") if name not in _CALIBRATION_OPTIONS]
+        if unknown:
+            raise argument_error(
+                "calibration_options", f"some of {', '.join(_CALIBRATION_OPTIONS)}", ", ".join(unknown)
+            )
 
     @property
     def collator(self) -> PreferenceCollator:
@@ -64,31 +86,36 @@ class RowPreparation:
 
         Raises:
             TypeError: the rows are a stream.
-            DataError: a row cannot be used, or has no `probs` although the mode is a calibrated one, or no `scores`
-                although the loss reads their values, or no domain, or one that is not known, although the objective
-                weighs them.
+            DataError: a row cannot be used, or has `ref_logps` or a `calibration` of its own that cannot, or no
+                `probs` although the mode is a calibrated one, or no `scores` although the loss reads their values, or
+                no domain, or one that is not known, although the objective weighs them.
         """
         if isinstance(rows, IterableDataset | IterableDatasetDict):
             raise type_error(argument, "a data set of known length, not a stream", rows)
         if isinstance(rows, Dataset):
             tokenised = set(rows.column_names) >= _TOKENISED
-            dataset = self._with_domains(rows, argument) if tokenised else self._tokenise(rows)
+            dataset = self._with_domains(rows, argument) if tokenised else self._tokenise(rows, argument)
         elif isinstance(rows, str | Path):
-            dataset = self._tokenise(rows)
+            dataset = self._tokenise(rows, argument)
         else:
             rows = list(rows)
             tokenised = bool(rows) and all(row.keys() >= _TOKENISED for row in rows)
-            dataset = self._with_domains(Dataset.from_list(rows), argument) if tokenised else self._tokenise(rows)
+            if tokenised:
+                dataset = self._with_domains(Dataset.from_list(rows), argument)
+            else:
+                dataset = self._tokenise(rows, argument)
         if len(dataset) == 0:
             raise argument_error(argument, "at least one row", "none")
         if self.args.bound_loss().needs_scores:
             self._require_scores(dataset, argument)
         if "id" not in dataset.column_names:
             dataset = dataset.add_column("id", [str(index) for index in range(len(dataset))])
-        if "ref_logps" in dataset.column_names:
-            _require_fitting_ref_logps(dataset, argument)
-        if self.args.calibrated and "calibration" not in dataset.column_names:
-            dataset = dataset.add_column("calibration", self._calibration(dataset, argument))
+        if REF_LOGPS in dataset.column_names:
+            require_fitting_ref_logps(dataset, argument)
+        if self.args.calibrated and CALIBRATION in dataset.column_names:
+            require_usable_calibration(dataset, argument)
+        elif self.args.calibrated:
+            dataset = dataset.add_column(CALIBRATION, self._calibration(dataset, argument))
         if self.objective is not None and self.objective.needs_domains:
             self._require_known_domains(dataset, argument)
         return dataset
@@ -111,14 +138,13 @@ class RowPreparation:
         template = json_fingerprint(self.tokenizer.chat_template)
         return TokenRecipe(tokenizer_fingerprint(self.tokenizer), template, limits)
 
-    def _tokenise(self, rows: Rows) -> Dataset:
+    def _tokenise(self, rows: Rows, argument: str) -> Dataset:
         """Checked rows as token ids; where they are kept, one process makes them and the others read them."""
-        checked = load_preferences(
-            rows, on_bad_row=self.args.on_bad_row, domain_column=self._domain_column(rows)
-        ).dataset
+        loaded = load_preferences(rows, on_bad_row=self.args.on_bad_row, domain_column=self._domain_column(rows))
+        warn_of_unread(loaded.report.ignored_columns, argument)
         with nullcontext() if self.args.cache_dir is None else self.args.main_process_first(desc="tokenising"):
             return tokenize_groups(
-                checked,
+                loaded.dataset,
                 self.tokenizer,
                 max_length=self.args.max_length,
                 max_prompt_length=self.args.max_prompt_length,
@@ -191,18 +217,3 @@ class RowPreparation:
             **self.args.options("calibration_options"),
         )
         return groups
-
-
-def _require_fitting_ref_logps(dataset: Dataset, argument: str) -> None:
-    """Refuse a reference's log-probs that are not one finite number per response, before the training comes to them."""
-    columns = dataset.select_columns(["id", "response_ids", "ref_logps"]).with_format("arrow")
-    for table in columns.iter(batch_size=_ROWS_AT_ONCE):
-        logps, responses = table["ref_logps"].combine_chunks(), table["response_ids"]
-        sizes_fit = pc.all(pc.equal(pc.list_value_length(logps), pc.list_value_length(responses)), skip_nulls=False)
-        finite = pc.all(pc.is_finite(pc.list_flatten(logps)), skip_nulls=False)
-        if sizes_fit.as_py() and finite.as_py():
-            continue
-        for row in table.to_pylist():
-            values, size = row["ref_logps"] or [], len(row["response_ids"])
-            if len(values) != size or not all(value is not None and math.isfinite(value) for value in values):
-                raise DataError(f"{argument}: row {row['id']!r}: expected {size} finite ref_logps, got {values}")
