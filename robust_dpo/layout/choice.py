@@ -36,7 +36,7 @@ _ROUNDINGS = 8.0
 _SMALLEST_EPS = 1e-5
 # On a CPU oneDNN compiles a kernel for every number of rows that it multiplies in half precision, and torch keeps a
 # thousand of them, 0.6 MiB each. Batches of every length then cost more than some rows of nothing.
-_HALF_ROW_MULTIPLE = 64
+_HALF_ROW_MULTIPLE = 128
 
 
 @dataclass(frozen=True)

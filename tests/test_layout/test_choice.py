@@ -279,5 +279,5 @@ def test_rows_in_half_precision_on_a_cpu_have_few_lengths(
     with torch.autocast("cpu", torch.bfloat16):
         mixed = plan_layout(model)
     for half in (mixed, plan_layout(model.to(torch.bfloat16))):
-        assert half == dataclasses.replace(plan, row_multiple=64)
-        assert half.pack(groups).input_ids.shape == (1, -(-places // 64) * 64)
+        assert half == dataclasses.replace(plan, row_multiple=128)
+        assert half.pack(groups).input_ids.shape == (1, -(-places // 128) * 128)
