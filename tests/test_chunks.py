@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from itertools import accumulate, pairwise
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import make_problem
 
-from robust_dpo.kernels import linear_head_cpu
-from robust_dpo.ops import chunking, grouped_head, linear_preference_loss
+from robust_dpo.kernels.row_logprob import RowLogprob
+from robust_dpo.ops import chunking, grouped_head, linear_preference_loss, sequence_logps
 from robust_dpo.ops.chunking import CPU_BYTES, ChunkRows, chunk_rows
+from robust_dpo.ops.gemm_head import GemmHead
+from robust_dpo.ops.head import HeadWeights, LinearHead
 from robust_dpo.ops.rows import ResponseRows, cut_groups
 from robust_dpo.ops.scaling import product
 
 CPU = torch.device("cpu")
+
+
+def native_head(dtype: torch.dtype) -> ModuleType:
+    """Its launchers; skips the test where they cannot run."""
+    pytest.importorskip("robust_dpo._cpu", reason="the native extension is not built")
+    module = importlib.import_module("robust_dpo.kernels.linear_head_cpu")
+    if reason := module.unsupported_reason(dtype):
+        pytest.skip(reason)
+    return module
 
 
 def rows_of(lengths: list[int]) -> ResponseRows:
@@ -76,17 +90,38 @@ def test_a_group_of_more_than_the_usual_rows_is_seen_once(monkeypatch: pytest.Mo
     assert seen == [3, 30, 3]
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_head_that_writes_no_logits_takes_more_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind: type[LinearHead] = GemmHead
+    if backend == "cpu":
+        native_head(torch.float32)
+        from robust_dpo.ops.native_head import NativeHead as kind
+    monkeypatch.setattr(chunking, "CPU_COLUMN_BYTES", 8 * torch.float32.itemsize)
+    seen: list[int] = []
+    own = kind.forward
+
+    def watched(self: LinearHead, head: HeadWeights, x: torch.Tensor, *rest: Any, **options: Any) -> RowLogprob:
+        seen.append(len(x))
+        return own(self, head, x, *rest, **options)
+
+    monkeypatch.setattr(kind, "forward", watched)
+    hidden, weight, targets = torch.randn(4, 6, 5), torch.randn(50, 5), torch.randint(50, (4, 6))
+    logps = sequence_logps(hidden, weight, targets, backend=backend)
+    assert seen == ([24] if backend == "cpu" else [8, 8, 8])
+    expected = (hidden @ weight.T).log_softmax(2).gather(2, targets[..., None]).sum((1, 2))
+    torch.testing.assert_close(logps, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 40, 1040], ids="{} rows".format)
 def test_the_native_head_overwrites_a_weight_gradient(rows: int, dtype: torch.dtype) -> None:
-    if reason := linear_head_cpu.unsupported_reason(dtype):
-        pytest.skip(reason)
+    head = native_head(dtype)
     x, weight, targets = torch.randn(rows, 70).to(dtype), torch.randn(530, 70).to(dtype), torch.randint(530, (rows,))
-    tile = linear_head_cpu.Tile.allocate(rows, 530, dtype)
-    forward = linear_head_cpu.head_forward(x, weight, targets, tile=tile)
+    tile = head.Tile.allocate(rows, 530, dtype)
+    forward = head.head_forward(x, weight, targets, tile=tile)
     found = [torch.zeros(530, 70), torch.full((530, 70), float("nan"))]
     for gradient, overwrite in zip(found, (False, True), strict=True):
-        linear_head_cpu.head_backward(
+        head.head_backward(
             tile,
             x,
             weight,

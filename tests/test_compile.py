@@ -81,7 +81,7 @@ def test_opcheck_sequence_logps(packed: bool, entropy: bool, dtype: torch.dtype)
     problem = make_problem([2, 2], packed=packed, bias=True).to(dtype)
     inputs = (*problem.args, problem.kwargs.get("seq_lens"))
     settings = (problem.kwargs["bias"], 5.0, 0.5, dtype, None, 16, "auto")
-    torch.library.opcheck(OPS.sequence_logps, (*inputs, *settings, entropy))
+    torch.library.opcheck(OPS.sequence_logps, (*inputs, *settings[:-1], 32, "auto", entropy))
     frozen = tuple(value.detach() if isinstance(value, Tensor) else value for value in (*inputs, *settings))
     grads = torch.randn(4), torch.randn(problem.targets.shape)
     for given in (grads, (grads[0], None), (None, grads[1])):

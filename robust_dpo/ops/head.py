@@ -83,6 +83,8 @@ class LinearHead(ABC):
 
     # Whether `backward` gives the first [V, H] product its place, so that nothing needs to be cleared before it.
     overwrites_weight = False
+    # Whether `forward` writes logits down even without `keep`, so that its chunks take memory.
+    writes_logits = True
 
     @abstractmethod
     def forward(

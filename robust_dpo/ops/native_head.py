@@ -14,6 +14,7 @@ class NativeHead(LinearHead):
     """Products and softmax in one kernel each way. Logits stay in fp32 registers; only their exponentials are kept."""
 
     overwrites_weight = True
+    writes_logits = False
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows

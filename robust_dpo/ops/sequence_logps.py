@@ -74,10 +74,19 @@ def sequence_logps(
     softcap, logit_scale = inputs.check_logit_transform(softcap, logit_scale)
     dtype = autocast_dtype(hidden, weight)
     tile_dtype = inputs.check_tile_dtype(tile_dtype, dtype)
-    max_rows = chunk_rows(weight.shape[0], tile_dtype or dtype, hidden.device, chunk_bytes, targets.numel()).usual
-    backend = backend_name(backend)
     result = _forward(
-        hidden, weight, targets, seq_lens, bias, softcap, logit_scale, dtype, tile_dtype, max_rows, backend, entropy
+        hidden,
+        weight,
+        targets,
+        seq_lens,
+        bias,
+        softcap,
+        logit_scale,
+        dtype,
+        tile_dtype,
+        *chunk_rows(weight.shape[0], tile_dtype or dtype, hidden.device, chunk_bytes, targets.numel()),
+        backend_name(backend),
+        entropy,
     )
     return _select(result, per_token, entropy)
 
@@ -143,6 +152,7 @@ def _forward(
     logit_scale: float,
     compute_dtype: torch.dtype,
     tile_dtype: torch.dtype | None,
+    usual_rows: int,
     max_rows: int,
     backend: str,
     entropy: bool,
@@ -150,14 +160,16 @@ def _forward(
     """Log-probs [S], token log-probs and entropies shaped like `targets` (entropies empty where not asked for)."""
     head = HeadWeights.prepare(weight, compute_dtype, bias, softcap, logit_scale)
     rows = select_rows(targets, seq_lens, weight.shape[0])
-    engine = choose_head(head.weight, max_rows, backend=backend, tile_dtype=tile_dtype)
+    engine = choose_head(head.weight, usual_rows, backend=backend, tile_dtype=tile_dtype)
 
     def forward(start: int, stop: int) -> RowLogprob:
         x = rows.gather(hidden, start, stop).to(compute_dtype)
         return engine.forward(head, x, rows.targets[start:stop], keep=False, entropy=entropy)
 
     with autocast_off(hidden.device):
-        return logp_pass(rows, targets, max_rows, head.accumulation_dtype, entropy, forward)
+        # Each chunk reads the whole weight.
+        at_once = usual_rows if engine.writes_logits else max_rows
+        return logp_pass(rows, targets, at_once, head.accumulation_dtype, entropy, forward)
 
 
 @_forward.register_fake
@@ -178,7 +190,7 @@ def _backward(
     logit_scale: float,
     compute_dtype: torch.dtype,
     tile_dtype: torch.dtype | None,
-    max_rows: int,
+    usual_rows: int,
     backend: str,
     needs_hidden: bool,
     needs_weight: bool,
@@ -187,11 +199,11 @@ def _backward(
     """Gradients of hidden, weight and bias; empty where not needed."""
     head = HeadWeights.prepare(weight, compute_dtype, bias, softcap, logit_scale)
     rows = select_rows(targets, seq_lens, weight.shape[0])
-    engine = choose_head(head.weight, max_rows, backend=backend, tile_dtype=tile_dtype)
+    engine = choose_head(head.weight, usual_rows, backend=backend, tile_dtype=tile_dtype)
     gradients = engine.allocate(head, rows.count, needs_hidden, needs_weight, needs_bias)
     coefficients = rows.coefficients(grad_logps, grad_token_logps, head.accumulation_dtype)
     with autocast_off(hidden.device):
-        for start, stop in cut_rows(0, rows.count, max_rows):
+        for start, stop in cut_rows(0, rows.count, usual_rows):
             x, t = rows.gather(hidden, start, stop).to(compute_dtype), rows.targets[start:stop]
             kept = engine.forward(head, x, t, keep=True)
             engine.backward(head, x, t, kept, coefficients[start:stop], gradients, start)
@@ -225,17 +237,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5])
-    ctx.settings = inputs[5:11]
+    ctx.settings = (*inputs[5:10], inputs[11])
 
 
 def _autograd(ctx: Any, grad_logps: Tensor | None, grad_token_logps: Tensor | None, _: object) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
     if grad_logps is None and grad_token_logps is None:
-        return (None,) * 12
+        return (None,) * 13
     result = _backward(grad_logps, grad_token_logps, *tensors, *ctx.settings, *needs)
     grads = [gradient if need else None for gradient, need in zip(result, needs, strict=True)]
-    return grads[0], grads[1], None, None, grads[2], *(None,) * 7
+    return grads[0], grads[1], None, None, grads[2], *(None,) * 8
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
