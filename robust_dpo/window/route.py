@@ -69,9 +69,10 @@ def _solved_in_one(objective: BatchObjective, scope: str, parts: int) -> bool:
 
 def _why_no_tilt(objective: BatchObjective) -> str:
     """Why gradients of an objective cannot be accumulated before its weights are known; empty where they can."""
-    if objective.adds_terms:
-        added = "sft_weight" if objective.sft_weight > 0 else "the auxiliary loss of the experts"
-        return f"what {added} adds to the worst case has a scale of its own"
+    if objective.router_coefficient > 0:
+        return "the auxiliary loss of its routers couples all tokens of a step"
+    if objective.sft_weight > 0:
+        return "what sft_weight adds to the worst case has a scale of its own"
     if objective.loss.couples_groups:
         return f"the loss {objective.loss.name!r} couples the groups of a step"
     if _is_tilt(objective.robust):

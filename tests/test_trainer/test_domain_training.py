@@ -160,7 +160,13 @@ def test_the_best_model_may_be_that_of_the_least_worst_domain(make: Any, rows: A
 
 
 def test_no_robustness_is_logged_where_there_is_none(make: Any, rows: Any) -> None:
-    for options, told in (({}, False), ({"robust": "cvar", "robust_options": {"share": 0.5}}, True)):
+    cases: list[tuple[dict[str, Any], bool]] = [
+        ({}, False),
+        ({"robust": "cvar", "robust_options": {"share": 0.5}}, False),
+        ({"robust": "chi2_radius", "robust_options": None}, False),
+        ({"robust": "chi2", "robust_options": {"lam": 0.5}}, True),
+    ]
+    for options, told in cases:
         trainer = make(eval_dataset=rows, max_steps=1, **options)
         trainer.train()
         names = {name for entry in trainer.state.log_history for name in entry} | {*trainer.evaluate()}
