@@ -36,6 +36,10 @@ class CheckpointedTrainer(Trainer):
         """What else has a state that a resumed run needs, by name; the same on every rank."""
         return {}
 
+    def parts_of_weights(self) -> Mapping[str, Stateful]:
+        """Those of them that belong to the weights, and come back with the weights of the best checkpoint."""
+        return {}
+
     def run_record(self) -> RunRecord:
         """What a resumed run has to share with this one."""
         return RunRecord()
@@ -173,11 +177,11 @@ class CheckpointedTrainer(Trainer):
             refuse_nonfinite(self.model, None if self.is_deepspeed_enabled else self.optimizer)
 
     def _load_best_model(self) -> None:
-        """As in transformers, with the state of the parts that belongs to those weights."""
+        """As in transformers, with the parts that belong to those weights."""
         super()._load_best_model()
         best = str(self.state.best_model_checkpoint)
         with raised_together(self.accelerator, lambda reason: f"{best}, the best model, cannot be loaded: {reason}"):
-            load_parts(Path(best), self.stateful_parts())
+            load_parts(Path(best), self.parts_of_weights())
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -57,6 +57,8 @@ def check_head(model: Any) -> HeadCheck:
         hidden, native = _amplified_forward(model, head, inputs)
         logits = nn.functional.linear(hidden.float(), head.weight.float(), _float(head.bias))
         expected = native.float().log_softmax(-1)
+        if not bool(expected.isfinite().all()):
+            return HeadCheck(None, LogitTransform(), "the model gives log-probs that are not finite")
         eps = max(torch.finfo(native.dtype).eps, torch.finfo(head.weight.dtype).eps, _SMALLEST_EPS)
         worst: list[str] = []
         for transform in candidate_transforms(model.config):

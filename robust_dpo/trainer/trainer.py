@@ -18,28 +18,23 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from robust_dpo import ops
 from robust_dpo.checkpoints import CheckpointedTrainer, RunRecord
 from robust_dpo.data import PreferenceCollator, length_statistics
 from robust_dpo.data.fingerprint import rows_fingerprint
 from robust_dpo.errors import argument_error, type_error
-from robust_dpo.expert_load import RouterPass
-from robust_dpo.groups import GroupLayout
-from robust_dpo.losses.linear import LINEAR
 from robust_dpo.output import PreferenceOutput
 from robust_dpo.reference_cache import ReferenceCache
-from robust_dpo.robust import Mean
 from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.data import RowPreparation, Rows
-from robust_dpo.trainer.dropout import disable_dropout, evaluating
+from robust_dpo.trainer.dropout import disable_dropout
 from robust_dpo.trainer.evaluation import evaluate_groups
-from robust_dpo.trainer.metrics import seen_groups
+from robust_dpo.trainer.forward import PolicyForward
 from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer
 from robust_dpo.trainer.monitor import TrainingMonitor
 from robust_dpo.trainer.planner import ScorerPlanner
 from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
-from robust_dpo.trainer.scoring import Batch, response_lengths
+from robust_dpo.trainer.scoring import Batch
 from robust_dpo.window import (
     AccumulationWindow,
     BatchObjective,
@@ -47,7 +42,6 @@ from robust_dpo.window import (
     MicroBatch,
     RoutePlan,
     Weighting,
-    layout_of,
     make_weighting,
     plan_route,
     refuse_split_model,
@@ -140,7 +134,6 @@ class RobustDPOTrainer(CheckpointedTrainer):
             loss=self.bound_loss,
             robust=robust,
             sft_weight=args.sft_weight,
-            calibrated=args.calibrated,
             router_coefficient=0.0 if router is None else router.coefficient,
         )
         # A subclass may change a batch, and what is laid out has to be what it gives.
@@ -150,6 +143,9 @@ class RobustDPOTrainer(CheckpointedTrainer):
         self._reference_weights = None if self.reference is None else self.reference.identity.weights
         if self.reference is not None and args.precompute_ref_log_probs:
             self._precompute(self.reference)
+        self._forward = PolicyForward(
+            self._scorer, self.objective, self.reference, self.accelerator, calibrated=args.calibrated
+        )
         self._monitor = TrainingMonitor(
             self.accelerator,
             robust,
@@ -200,34 +196,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         )
 
     def _make_weighting(self, plan: RoutePlan) -> Weighting:
-        return make_weighting(plan, self.objective, self.preference_output, self._look, self.accelerator)
-
-    def _look(self, model: nn.Module, batch: Batch) -> tuple[GroupTable, GroupLayout]:
-        """The groups of a batch with their log-probs, without gradients and dropout, and how they lie in it."""
-        batch, routers = self._scorer.laid_out(batch), list[RouterPass]()
-        with torch.no_grad(), evaluating(model), self.accelerator.autocast():
-            ref_logps = self._ref_logps(model, batch)
-            logps = self._scorer.logps(model, batch, routers)
-            layout = layout_of(batch["group_sizes"], logps.device)
-            groups = seen_groups(batch, layout, logps, ref_logps)
-            load = routers[0].load() if routers else None
-        calibration = batch["calibration"] if self.args.calibrated else None
-        return GroupTable(groups, calibration, batch.get("domain_labels"), load), layout
-
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """As in transformers, with the numbers of the groups' domains where the objective depends on them."""
-        batch: Batch = super()._prepare_inputs(inputs)
-        return self._labelled(batch)
-
-    def _labelled(self, batch: Batch) -> Batch:
-        robust = self.objective.robust
-        if not robust.needs_domains or "domain_labels" in batch:
-            return batch
-        if "domains" not in batch:
-            expected = "one that gives `domains`, the name of each group's domain, as PreferenceCollator does"
-            raise argument_error("data_collator", expected, f"a batch of {', '.join(batch)}")
-        labels = robust.labels_of(batch["domains"]).to(batch["input_ids"].device, non_blocking=True)
-        return {**batch, "domain_labels": labels}
+        return make_weighting(plan, self.objective, self._forward, self._forward.look, self.accelerator)
 
     def _build_reference(self, ref_model: nn.Module | None) -> Reference | None:
         """The reference of the run; None where the loss needs none or all rows bring its log-probs."""
@@ -282,52 +251,14 @@ class RobustDPOTrainer(CheckpointedTrainer):
         loader: DataLoader[Any] = super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
         return loader
 
-    def preference_output(
-        self, model: nn.Module, batch: Batch, slopes: Tensor | None = None, load_slopes: Tensor | None = None
-    ) -> PreferenceOutput:
+    def preference_output(self, model: nn.Module, batch: Batch) -> PreferenceOutput:
         """Loss, log-probs and robust weights of one batch by itself, without the SFT term and the routers' loss.
 
         Args:
             model: the policy, wrapped as it is trained.
             batch: what the collator gives, on the model's device.
-            slopes: [S], for the loss Σ slopes · logp in place of the objective.
-            load_slopes: [E], to add Σ load_slopes · (sum of the probabilities that the routers give an expert).
         """
-        batch = self._labelled(self._scorer.laid_out(batch))
-        robust, labels = self.objective.robust, batch.get("domain_labels")
-        objective: dict[str, Any] = {
-            "loss": self.bound_loss,
-            "robust": robust if labels is None else robust.at(labels, training=model.training),
-            "calibration": batch["calibration"] if self.args.calibrated else None,
-            "scores": batch.get("scores"),
-        }
-        if slopes is not None:
-            groups = len(batch["group_sizes"])
-            objective = {"loss": LINEAR, "robust": Mean(), "scores": (groups * slopes).float()}
-        with self.accelerator.autocast():
-            anchors = self._ref_logps(model, batch)
-            # What a model gives may be no number, which is no mistake of a caller: it must reach the loss.
-            known = None if anchors is None else anchors.where(anchors.isfinite(), 0.0)
-            objective |= {"ref_logps": known, "group_sizes": batch["group_sizes"]}
-            routers: list[RouterPass] | None = None if load_slopes is None else []
-            if self._scorer.fused:
-                output = ops.linear_preference_loss(**self._scorer.head_arguments(model, batch, routers), **objective)
-            else:
-                logps = self._scorer.logps(model, batch, routers)
-                output = ops.preference_loss(logps, lengths=response_lengths(batch), **objective)
-            if routers and load_slopes is not None:
-                output = replace(output, loss=output.loss + routers[0].weighted(load_slopes))
-        return output if anchors is None else _anchored(output, anchors, batch["group_sizes"])
-
-    def _ref_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        if not self.bound_loss.needs_reference:
-            return None
-        ref_logps: Tensor | None = batch.get("ref_logps")
-        if ref_logps is not None:
-            return ref_logps
-        if self.reference is None:
-            raise argument_error("eval_dataset", "rows with ref_logps, as the reference was not kept", "rows without")
-        return self.reference.logps(model, batch)
+        return self._forward(model, batch)
 
     def compute_loss(
         self,
@@ -398,7 +329,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, None]:
         """Nothing but the groups with their log-probs, as `GroupTable.to_tensor` writes them."""
-        self._evaluated, _ = self._look(model, self._prepare_inputs(inputs))
+        self._evaluated, _ = self._forward.look(model, self._prepare_inputs(inputs))
         return None, self._evaluated.to_tensor(), None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -430,10 +361,12 @@ class RobustDPOTrainer(CheckpointedTrainer):
 
     def stateful_parts(self) -> dict[str, Stateful]:
         """The count of skipped steps, and the state of an objective that has one."""
-        parts: dict[str, Stateful] = {"skipped_steps": self._monitor.guard}
-        if isinstance(self.objective.robust, Stateful):
-            parts["objective"] = self.objective.robust
-        return parts
+        return {"skipped_steps": self._monitor.guard, **self.parts_of_weights()}
+
+    def parts_of_weights(self) -> dict[str, Stateful]:
+        """The state of an objective that has one."""
+        robust = self.objective.robust
+        return {"objective": robust} if isinstance(robust, Stateful) else {}
 
     def run_record(self) -> RunRecord:
         """The reference, and what sums, roundings and the order of the rows depend on."""
@@ -461,19 +394,6 @@ class RobustDPOTrainer(CheckpointedTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._monitor.guard.report()
         super()._save_checkpoint(model, trial)
-
-
-def _anchored(output: PreferenceOutput, ref_logps: Tensor, group_sizes: Tensor) -> PreferenceOutput:
-    """The output with the reference's log-probs [S] as they are; where one is no number, neither is the loss."""
-    ref_logps, unknown = ref_logps.to(output.logps), float("nan")
-    finite = layout_of(group_sizes, ref_logps.device).pad(ref_logps).isfinite().all(1)
-    return replace(
-        output,
-        loss=output.loss.where(finite.all(), unknown),
-        group_losses=output.group_losses.where(finite, unknown),
-        ref_logps=ref_logps,
-        log_ratios=output.logps - ref_logps,
-    )
 
 
 def _values(datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset | None]:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from robust_dpo.dispatch import get_rescale
+from robust_dpo.kernels.rescale import RESCALED
 
-# What the rescale launchers take.
-_RESCALED = (torch.float32, torch.float64)
 # Accumulated gradients may outgrow their first micro-batch by this share of the exponents that their dtype has: e^59 in
 # fp32 and bf16, e^7 in fp16.
 _SHARE_OF_RANGE = 2 / 3
@@ -47,7 +46,7 @@ def scale_where_needed(gradients: Iterable[Tensor], factor: Tensor, backend: str
     """
     others = []
     for gradient in gradients:
-        if gradient.dtype in _RESCALED and gradient.is_contiguous() and gradient.device == factor.device:
+        if gradient.dtype in RESCALED and gradient.is_contiguous() and gradient.device == factor.device:
             get_rescale(backend, gradient.device, gradient.dtype)(gradient, factor)
         else:
             others.append(gradient)

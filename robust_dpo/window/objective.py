@@ -45,7 +45,6 @@ class BatchObjective:
         robust: the aggregation.
         sft_weight: ≥ 0, times the negative log-likelihood of the best response of each group, a mean over their tokens:
             w · Σ_g −S_g / Σ_g |y_g|. It has no part in the worst case, and no calibration.
-        calibrated: whether the aggregation uses the calibration of the groups.
         router_coefficient: ≥ 0, times the loss that balances the load of experts over all tokens
             (`expert_load.load_balancing_loss`). Above 0 every table has a load.
     """
@@ -53,7 +52,6 @@ class BatchObjective:
     loss: BoundLoss
     robust: RobustObjective
     sft_weight: float = 0.0
-    calibrated: bool = True
     router_coefficient: float = 0.0
 
     @property

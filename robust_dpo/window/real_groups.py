@@ -5,7 +5,7 @@ from __future__ import annotations
 from robust_dpo.window.weighting import Batch, MicroBatch
 
 # What a collated batch holds once per group, and once per response. Anything else (a packed layout) is made anew.
-_PER_GROUP = ("group_sizes", "calibration", "ids", "domains", "domain_labels")
+_PER_GROUP = ("group_sizes", "calibration", "ids", "domains")
 _PER_RESPONSE = ("input_ids", "attention_mask", "labels", "scores", "ref_logps")
 
 

@@ -37,7 +37,7 @@ def make_weighting(
         return OnePass(objective.robust, forward, accelerator)
     alone = plan.scope == "micro_batch"
     in_two = TwoPass(objective, forward, look, OneRank() if alone else accelerator)
-    route = in_two if plan.kind == "two_pass" else InOne(forward, calibrated=objective.calibrated)
+    route = in_two if plan.kind == "two_pass" else InOne(forward)
     return Alone(route) if alone else route
 
 

@@ -310,6 +310,24 @@ def test_best_checkpoint_is_named_by_where_it_is(tmp_path: Path) -> None:
         assert torch.equal(stored[name], value), name
 
 
+def test_best_model_does_not_change_how_many_steps_were_skipped(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"on_nonfinite": "skip", "eval_steps": 2}
+    # The largest loss, so that it is not the last; the last step is skipped after it.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = Run(tmp_path / "run", options={**options, **best}).trainer()
+    compute = trainer.preference_output
+
+    def spoilt(model: Any, batch: Any, *args: Any) -> Any:
+        output = compute(model, batch, *args)
+        last = trainer.state.global_step == trainer.state.max_steps - 1
+        return replace(output, loss=output.loss * float("nan")) if last else output
+
+    trainer._window._weighting._forward = spoilt
+    trainer.train()
+    assert trainer.state.best_global_step < trainer.state.global_step
+    assert trainer._monitor.guard.skipped_steps == 1
+
+
 def test_best_model_comes_with_its_weights_of_domains(tmp_path: Path) -> None:
     options: dict[str, Any] = {"robust": "group_dro", "robust_options": {"step_size": 2.0}, "eval_steps": 2}
     # The largest loss, so that it is not the last.
