@@ -33,9 +33,12 @@ test: $(VENV)/dev
 kernels: $(VENV)/dev
 	$(VENV)/bin/python benchmarks/kernel_report.py
 
+# Never at the cost of a full disk: without room it says so and fails, and what a failed install leaves is removed.
 other-torch:
+	@$(PYTHON) -c "import shutil, sys; free = shutil.disk_usage('.').free >> 30; \
+	    sys.exit(f'other-torch: needs 20 GiB of free disk, {free} GiB are left' if free < 20 else 0)"
 	$(PYTHON) -m venv $(VENV)-other
-	$(VENV)-other/bin/python -m pip install --quiet "$(OTHER_TORCH)" numpy
+	$(VENV)-other/bin/python -m pip install --quiet "$(OTHER_TORCH)" numpy || { rm -rf $(VENV)-other; exit 1; }
 	echo "$(CURDIR)/$(VENV)-other/bin/python" > $(VENV)-other/python
 
 bench: $(VENV)/bench
@@ -47,7 +50,7 @@ lint: $(VENV)/dev
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(VENV)-other build
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
