@@ -2,6 +2,7 @@
 # make test     venv, install with [dev], the whole test suite, in a process for each core
 # make kernels  compile every Triton kernel in every form for every chip; no GPU is needed
 # make other-torch  a venv with another torch, for the test that one wheel serves both (gigabytes)
+# make deepspeed  the tests of DeepSpeed, which is no dependency, on CPUs
 # make bench    benchmarks against peers
 # make lint     ruff and mypy
 #
@@ -21,14 +22,14 @@ VENV := .venv
 SOURCES := pyproject.toml setup.py $(wildcard build_support/*.py csrc/*)
 PACKAGE := $(shell find robust_dpo/ kernels/ -type f -not -name '*.pyc' -not -name '*.so' -not -name '_build.json')
 
-.PHONY: demo test kernels other-torch bench lint clean
+.PHONY: demo test kernels other-torch deepspeed bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(VENV)/bin/robust-dpo demo $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") --out "$(OUT)" $(ARGS)
 
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 kernels: $(VENV)/dev
 	$(VENV)/bin/python benchmarks/kernel_report.py
@@ -41,6 +42,10 @@ other-torch:
 	$(VENV)-other/bin/python -m pip install --quiet "$(OTHER_TORCH)" numpy || { rm -rf $(VENV)-other; exit 1; }
 	echo "$(CURDIR)/$(VENV)-other/bin/python" > $(VENV)-other/python
 
+deepspeed: $(VENV)-deepspeed/installed
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(VENV)-deepspeed/bin/python -m pytest -n auto -k "zero or not_finite" \
+	    tests/test_trainer/test_ranks.py tests/test_faults/test_deepspeed.py tests/test_faults/test_killed_ranks.py
+
 bench: $(VENV)/bench
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
 
@@ -50,7 +55,7 @@ lint: $(VENV)/dev
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-other build
+	rm -rf $(VENV) $(VENV)-other $(VENV)-deepspeed build
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +69,14 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES) $(PACKAGE)
 
 $(VENV)/dev: $(VENV)/torch $(SOURCES)
 	$(VENV)/bin/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+# It sees the packages of the first venv, and the tests there do not see it.
+$(VENV)-deepspeed/installed: $(VENV)/dev
+	$(PYTHON) -m venv $(VENV)-deepspeed
+	site="import sysconfig; print(sysconfig.get_path('purelib'))"; \
+	    $(VENV)/bin/python -c "$$site" > "$$($(VENV)-deepspeed/bin/python -c "$$site")/first-venv.pth"
+	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet --no-build-isolation deepspeed
 	touch $@
 
 $(VENV)/bench: $(VENV)/dev

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from robust_dpo import ops
 from robust_dpo.errors import argument_error
 from robust_dpo.expert_load import RouterPass
 from robust_dpo.groups import GroupLayout
@@ -19,7 +18,7 @@ from robust_dpo.robust import Mean
 from robust_dpo.trainer.dropout import evaluating
 from robust_dpo.trainer.metrics import seen_groups
 from robust_dpo.trainer.reference import Reference
-from robust_dpo.trainer.scoring import Batch, SequenceScorer, response_lengths
+from robust_dpo.trainer.scoring import Batch, SequenceScorer
 from robust_dpo.window import BatchObjective, GroupTable, layout_of
 
 
@@ -65,11 +64,7 @@ class PolicyForward:
             # What a model gives may be no number, which is no mistake of a caller: it must reach the loss.
             known = None if anchors is None else anchors.where(anchors.isfinite(), 0.0)
             arguments |= {"ref_logps": known, "group_sizes": batch["group_sizes"]}
-            if self._scorer.fused:
-                output = ops.linear_preference_loss(**self._scorer.head_arguments(model, batch, routers), **arguments)
-            else:
-                logps = self._scorer.logps(model, batch, routers)
-                output = ops.preference_loss(logps, lengths=response_lengths(batch), **arguments)
+            output = self._scorer.preference_output(model, batch, arguments, routers)
             if routers and load_slopes is not None:
                 output = replace(output, loss=output.loss + routers[0].weighted(load_slopes))
         return output if anchors is None else _anchored(output, anchors, batch["group_sizes"])

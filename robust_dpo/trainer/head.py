@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,31 +69,35 @@ def linear_head(model: Any) -> nn.Linear | None:
     """The output projection of a causal language model where it is a plain `nn.Linear`; None where it is not.
 
     A head that carries an adapter, is quantised or is the user's own class computes something else than
-    x Wᵀ + b, so exactly `nn.Linear` counts, no subclass.
+    x Wᵀ + b, so exactly `nn.Linear` counts, no subclass but the one that FSDP2 makes of it.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    return head if type(head) is nn.Linear else None
+    head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    kind = type(head).__bases__[1] if isinstance(head, FSDPModule) else type(head)
+    return head if kind is nn.Linear else None
 
 
 @contextmanager
-def capture_head_input(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Inside, a forward pass of the model leaves in the yielded list what its head was given, [B, T, H].
+def in_place_of_head(head: nn.Linear, operate: Callable[[Tensor], T], *, sharded: bool = False) -> Iterator[list[T]]:
+    """Inside, a forward pass of the model leaves in the yielded list what `operate` gives for what its head was given.
 
-    The head itself runs on zero rows: no logits are computed, but the model's output still depends on the head's
-    parameters, which is how DistributedDataParallel sees that they are in use.
+    That is [B, T, H]. `operate` runs where the head would have, when an engine that shards its weight has gathered it.
+    The logits of the pass have zero rows. They depend on the head's parameters, which is how DistributedDataParallel
+    sees that they are in use, or, if `sharded`, on its input only: engines look at the output's gradient, and one of
+    the weight would be as large as the weight.
     """
-    captured: list[Tensor] = []
+    results: list[T] = []
     own_forward = head.__dict__.get("forward")
     native = head.forward
 
     def forward(hidden: Tensor) -> Tensor:
-        captured.append(hidden)
-        return native(hidden[..., :0, :])
+        results.append(operate(hidden))
+        nothing = hidden[..., :0, :]
+        return nothing[..., :1].expand(*nothing.shape[:-1], head.out_features) if sharded else native(nothing)
 
     head.__dict__["forward"] = forward
     try:
-        yield captured
+        yield results
     finally:
         if own_forward is None:
             del head.__dict__["forward"]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -35,6 +40,39 @@ def has_sharded_parameters(model: nn.Module) -> bool:
     """Whether ranks hold parts of parameters already, whoever has sharded them."""
     # DeepSpeed's have an id, and no shape.
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model on the device of the run, in place; all ranks have to come here together.
+
+    FSDP's `cpu_ram_efficient_loading` gives the weights of what is loaded to one rank alone: the others get them here.
+    """
+    tensors = chain(model.parameters(), model.buffers())
+    empty = any(tensor.is_meta for tensor in tensors)
+    if accelerator.num_processes > 1 and any(gather_object([empty])):
+        if empty:
+            model = model.to_empty(device=accelerator.device)
+            base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+            base.tie_weights()
+        model = model.to(accelerator.device)
+        for tensor in chain(model.parameters(), model.buffers()):
+            distributed.broadcast(tensor.data, 0)
+    elif next(model.parameters()).device != accelerator.device:
+        # Quantised models refuse even a move to where they are.
+        model = model.to(accelerator.device)
+    return model
+
+
+@contextmanager
+def placed_for_now(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Inside, the model is on the device of the run; afterwards, if it was not, where engines that shard expect it."""
+    away = next(model.parameters()).device != accelerator.device
+    model = placed(model, accelerator)
+    try:
+        yield
+    finally:
+        if away:
+            model.to("cpu")
 
 
 def add_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from robust_dpo.errors import argument_error
 from robust_dpo.layout import LayoutPlan, plan_layout
 from robust_dpo.trainer.config import RobustDPOConfig
 from robust_dpo.trainer.head import LogitTransform
+from robust_dpo.trainer.head_route import HeadRoute
 from robust_dpo.trainer.models import has_sharded_parameters
 from robust_dpo.trainer.router import RouterLoss, may_reenter, plan_router_loss
 from robust_dpo.trainer.scoring import SequenceScorer
@@ -27,7 +30,7 @@ class ScorerPlanner:
     Args:
         args: of the run.
         accelerator: of the run.
-        will_shard: an engine is going to give each rank a part of the model (FSDP, DeepSpeed).
+        will_shard: an engine is going to give each rank a part of the model that trains (FSDP, DeepSpeed).
     """
 
     args: RobustDPOConfig
@@ -39,14 +42,16 @@ class ScorerPlanner:
 
         Raises:
             ValueError: `head_route`, `layout` or `router_aux_loss_coef` asks for what the model, or its checkpointing,
-            cannot take.
+            cannot take; for the head of a model that ranks share, when it first runs.
         """
-        check, layout = self._check_head(model, name), self._plan_layout(model, name, trains)
-        return SequenceScorer(check, self.args.backend, layout, self._router(model) if trains else None)
+        sharded = self.is_sharded(model) if trains else has_sharded_parameters(model)
+        layout = self._plan_layout(model, name, trains=trains, sharded=sharded)
+        router = self._router(model, sharded) if trains else None
+        return SequenceScorer(self._head_route(model, name, sharded), self.args.backend, layout, router)
 
-    def _router(self, model: nn.Module) -> RouterLoss | None:
+    def _router(self, model: nn.Module, sharded: bool) -> RouterLoss | None:
         args = self.args
-        loss = plan_router_loss(model, args.router_aux_loss_coef, trial=not self.is_sharded(model))
+        loss = plan_router_loss(model, args.router_aux_loss_coef, trial=not sharded)
         if loss is None:
             return None
         expected = "use_reentrant=False, without which a model's router logits carry no gradient"
@@ -59,14 +64,14 @@ class ScorerPlanner:
         return loss
 
     def is_sharded(self, model: nn.Module) -> bool:
-        """Whether ranks hold parts of the parameters of `model`: from when it was loaded, or soon."""
+        """Whether ranks hold parts of the parameters of `model`, which trains: from when it was loaded, or soon."""
         return self.will_shard or has_sharded_parameters(model)
 
-    def _plan_layout(self, model: nn.Module, name: str, trains: bool) -> LayoutPlan:
+    def _plan_layout(self, model: nn.Module, name: str, *, trains: bool, sharded: bool) -> LayoutPlan:
         args = self.args
         if args.torch_compile:
             plan = LayoutPlan("padded", reason="torch_compile compiles the model's own attention")
-        elif self.is_sharded(model):
+        elif sharded:
             plan = LayoutPlan("padded", reason="ranks hold parts of it (FSDP, DeepSpeed), and it is not tried before")
         elif args.n_gpu > 1:
             plan = LayoutPlan("padded", reason="DataParallel cuts batches by rows; start with torchrun to pack them")
@@ -80,18 +85,25 @@ class ScorerPlanner:
             logger.warning("%s: responses do not share their prompt, which costs time: %s", name, plan.reason)
         return plan
 
+    def _head_route(self, model: nn.Module, name: str, sharded: bool) -> HeadRoute:
+        route = HeadRoute(partial(self._check_head, name=name), sharded=sharded)
+        if not sharded:
+            route.check(model)
+        return route
+
     def _check_head(self, model: nn.Module, name: str) -> HeadCheck:
+        """Whether the head of `model`, wrapped as it is run, is fused."""
         args = self.args
         if args.head_route == "logits":
             return HeadCheck(None, LogitTransform(), "head_route='logits'")
         if args.torch_compile:
             check = HeadCheck(None, LogitTransform(), "torch_compile compiles the model's own head")
-        elif self.is_sharded(model):
-            check = HeadCheck(None, LogitTransform(), "ranks hold parts of its weight (FSDP, DeepSpeed)")
+        elif self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2:
+            check = HeadCheck(None, LogitTransform(), "the first version of FSDP makes one vector of a layer's weights")
         elif args.n_gpu > 1:
             check = HeadCheck(None, LogitTransform(), "DataParallel runs copies of it; start with torchrun to fuse it")
         else:
-            check = check_head(model)
+            check = check_head(self.accelerator.unwrap_model(model), model)
         if check.head is None:
             if args.head_route == "fused":
                 raise argument_error("head_route", f"'auto' or 'logits', for {name}: {check.reason}", "'fused'")

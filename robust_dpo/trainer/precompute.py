@@ -130,8 +130,8 @@ class Precomputation:
 
     def key(self, dataset: Dataset) -> CacheKey:
         """What the log-probs of a data set depend on."""
-        check = self.reference.scorer.check
-        route = "fused" if self.reference.scorer.fused else "logits"
+        check = self.reference.scorer.head.check(self.reference.model_in(self.policy))
+        route = "logits" if check.head is None else "fused"
         head = {"route": route, "softcap": check.transform.softcap, "logit_scale": check.transform.logit_scale}
         return CacheKey(
             weights=self.reference.identity.weights,

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
+from robust_dpo.checkpoints.ranks import decided_once
 from robust_dpo.errors import argument_error
 from robust_dpo.reference_cache import base_tensors, configuration_fingerprint, model_tensors, weights_fingerprint
 from robust_dpo.trainer.dropout import evaluating
-from robust_dpo.trainer.models import has_sharded_parameters
+from robust_dpo.trainer.models import has_sharded_parameters, placed
 from robust_dpo.trainer.scoring import Batch, SequenceScorer
 
 
@@ -32,24 +34,34 @@ class Identity:
     dtype: torch.dtype
 
     @staticmethod
-    def of(model: nn.Module, tensors: dict[str, Tensor], *, adapters: bool) -> Identity:
-        """The identity of a model of which `tensors` take part, with or without its adapters."""
-        dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-        return Identity(
-            weights_fingerprint(tensors.items()), configuration_fingerprint(model, adapters=adapters), dtype
-        )
+    def of(model: nn.Module, tensors: dict[str, Tensor], accelerator: Accelerator, *, adapters: bool) -> Identity:
+        """The identity of a model of which `tensors` take part, with or without its adapters.
+
+        The main process makes it for all: the others may not have the weights yet.
+        """
+
+        def make() -> Identity:
+            dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+            configuration = configuration_fingerprint(model, adapters=adapters)
+            return Identity(weights_fingerprint(tensors.items()), configuration, dtype)
+
+        return decided_once(accelerator, make)
 
 
 class Reference(Protocol):
     """Gives the reference log-probs of a batch."""
 
     @property
+    def identity(self) -> Identity:
+        """Tells it from others."""
+
+    @property
     def scorer(self) -> SequenceScorer:
         """What runs it."""
 
-    @property
-    def identity(self) -> Identity:
-        """Tells it from others."""
+    def model_in(self, policy: nn.Module) -> nn.Module:
+        """What is run; `policy` as of `logps`."""
+        ...
 
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         """[S], no gradient. `policy` is the (wrapped) model in training."""
@@ -65,19 +77,22 @@ class FrozenModel:
     identity: Identity
 
     @staticmethod
-    def of(model: nn.Module, scorer: SequenceScorer) -> FrozenModel:
+    def of(model: nn.Module, scorer: SequenceScorer, accelerator: Accelerator) -> FrozenModel:
         """Freeze `model`, in place.
 
         Raises:
             ValueError: ranks hold parts of it.
         """
         _refuse_sharded(model)
-        return FrozenModel.as_it_is(model.requires_grad_(False), scorer)
+        return FrozenModel.as_it_is(model.requires_grad_(False), scorer, accelerator)
 
     @staticmethod
-    def as_it_is(model: nn.Module, scorer: SequenceScorer) -> FrozenModel:
+    def as_it_is(model: nn.Module, scorer: SequenceScorer, accelerator: Accelerator) -> FrozenModel:
         """`model` with the weights that it has now, for as long as it keeps them."""
-        return FrozenModel(model, scorer, Identity.of(model, model_tensors(model), adapters=True))
+        return FrozenModel(model, scorer, Identity.of(model, model_tensors(model), accelerator, adapters=True))
+
+    def model_in(self, policy: nn.Module) -> nn.Module:
+        return self.model
 
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         # Always eval mode: `model` is the policy itself where its log-probs are computed before training.
@@ -93,9 +108,13 @@ class PolicyWithoutAdapter:
     identity: Identity
 
     @staticmethod
-    def of(policy: PeftModel, scorer: SequenceScorer) -> PolicyWithoutAdapter:
+    def of(policy: PeftModel, scorer: SequenceScorer, accelerator: Accelerator) -> PolicyWithoutAdapter:
         """What is left of `policy`: its weights from before the adapter."""
-        return PolicyWithoutAdapter(scorer, Identity.of(policy.get_base_model(), base_tensors(policy), adapters=False))
+        identity = Identity.of(policy.get_base_model(), base_tensors(policy), accelerator, adapters=False)
+        return PolicyWithoutAdapter(scorer, identity)
+
+    def model_in(self, policy: nn.Module) -> nn.Module:
+        return policy
 
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         peft_model = _unwrap(policy)
@@ -103,12 +122,15 @@ class PolicyWithoutAdapter:
             return self.scorer.logps(policy, batch)
 
 
-def own_reference(policy: nn.Module, scorer: SequenceScorer, *, copy_policy: bool) -> Reference:
+def own_reference(
+    policy: nn.Module, scorer: SequenceScorer, accelerator: Accelerator, *, copy_policy: bool
+) -> Reference:
     """The reference of a run without a `ref_model`: the policy without its adapter, or else the policy as it is now.
 
     Args:
         policy: the model to be trained, before training.
         scorer: what runs it.
+        accelerator: of the run.
         copy_policy: False where the reference is only used before training starts, and no copy is needed.
 
     Raises:
@@ -116,11 +138,11 @@ def own_reference(policy: nn.Module, scorer: SequenceScorer, *, copy_policy: boo
     """
     _refuse_sharded(policy)
     if isinstance(policy, PeftModel):
-        return PolicyWithoutAdapter.of(policy, scorer)
+        return PolicyWithoutAdapter.of(policy, scorer, accelerator)
     if not copy_policy:
-        return FrozenModel.as_it_is(policy, scorer)
-    model = copy.deepcopy(policy)
-    return FrozenModel.of(model, scorer.for_copy(model))
+        return FrozenModel.as_it_is(policy, scorer, accelerator)
+    model = placed(copy.deepcopy(policy), accelerator)
+    return FrozenModel.of(model, scorer.for_copy(model), accelerator)
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -12,11 +13,14 @@ from robust_dpo.expert_load import RouterPass
 from robust_dpo.layout import LayoutPlan, PackedGroups, groups_of
 from robust_dpo.layout.choice import PADDED, model_output
 from robust_dpo.layout.packing import IGNORED
-from robust_dpo.trainer.head import capture_head_input, linear_head
+from robust_dpo.output import PreferenceOutput
+from robust_dpo.trainer.head import in_place_of_head
+from robust_dpo.trainer.head_route import HeadRoute
 from robust_dpo.trainer.router import CountedPlaces, RouterLoss, packed_places, padded_places, router_pass
 from robust_dpo.trainer.self_check import HeadCheck
 
 Batch = dict[str, Any]
+T = TypeVar("T")
 
 
 def shifted_targets(batch: Batch) -> Tensor:
@@ -36,25 +40,20 @@ class SequenceScorer:
     """Runs one kind of model.
 
     Args:
-        check: whether its head may be fused, and what it does to its logits.
+        head: whether its head may be fused, and what it does to its logits.
         backend: backend of the fused operators.
         layout: how batches are laid out for it.
         router: the auxiliary loss of its routers; None where it has none or that is not wanted.
     """
 
-    check: HeadCheck
+    head: HeadRoute
     backend: str = "auto"
     layout: LayoutPlan = PADDED
     router: RouterLoss | None = None
 
-    @property
-    def fused(self) -> bool:
-        return self.check.head is not None
-
     def for_copy(self, model: nn.Module) -> SequenceScorer:
-        """The scorer of a copy of the model that this one is for, which is not trained."""
-        check = replace(self.check, head=linear_head(model) if self.fused else None)
-        return replace(self, check=check, router=None)
+        """The scorer of a whole copy of the model that this one is for, which is not trained."""
+        return replace(self, head=self.head.for_copy(model), router=None)
 
     def laid_out(self, batch: Batch) -> Batch:
         """The batch with its groups under `packed` as this model takes them; the collator's where it made them.
@@ -69,39 +68,73 @@ class SequenceScorer:
         packed = packed.to(batch["input_ids"].device)
         return {**batch, "packed": packed, "group_sizes": packed.group_sizes}
 
-    def head_arguments(self, model: nn.Module, batch: Batch, routers: list[RouterPass] | None = None) -> dict[str, Any]:
-        """Hidden states, targets, lengths, weight, bias, softcap, logit_scale and backend for the fused operators.
+    def preference_output(
+        self, model: nn.Module, batch: Batch, objective: dict[str, Any], routers: list[RouterPass] | None = None
+    ) -> PreferenceOutput:
+        """The loss of a batch, differentiable.
 
         Args:
-            model: the wrapped one, so that DDP's hooks run.
+            model: the wrapped one, so that hooks of its engine run.
             batch: what the collator gives.
+            objective: arguments of the operators, from `loss` on.
             routers: the routers of the pass are added to it, where they are to be balanced.
         """
-        head, transform = self.check.head, self.check.transform
-        assert head is not None
-        batch = self.laid_out(batch)
-        with capture_head_input(head) as captured:
-            self._run(model, batch, routers)
-        return {
-            "hidden": self._predicting(captured[0], batch),
-            **self._targets(batch),
-            "weight": head.weight,
-            "bias": head.bias,
-            "softcap": transform.softcap,
-            "logit_scale": transform.logit_scale,
-            "backend": self.backend,
-        }
+        batch, check = self.laid_out(batch), self.head.check(model)
+        if check.head is None:
+            logps = self._logps_of_logits(model, batch, routers)
+            return ops.preference_loss(logps, lengths=response_lengths(batch), **objective)
+
+        def operate(**head: Any) -> PreferenceOutput:
+            return ops.linear_preference_loss(**head, **objective)
+
+        output, tie = self._through_head(check, model, batch, operate, routers)
+        return output if tie is None else replace(output, loss=output.loss + tie)
 
     def logps(self, model: nn.Module, batch: Batch, routers: list[RouterPass] | None = None) -> Tensor:
-        """[S] float32, log-prob of each response, differentiable; arguments as of `head_arguments`."""
-        if self.fused:
-            logps = ops.sequence_logps(**self.head_arguments(model, batch, routers))
-        else:
-            batch = self.laid_out(batch)
-            logits = self._predicting(self._run(model, batch, routers).logits, batch)
-            logps = ops.sequence_logps_from_logits(logits, **self._targets(batch), backend=self.backend)
+        """[S] float32, log-prob of each response, differentiable; arguments as of `preference_output`."""
+        batch, check = self.laid_out(batch), self.head.check(model)
+        if check.head is None:
+            return self._logps_of_logits(model, batch, routers)
+        logps, tie = self._through_head(check, model, batch, ops.sequence_logps, routers)
+        assert isinstance(logps, Tensor)
+        return logps if tie is None else logps + tie
+
+    def _logps_of_logits(self, model: nn.Module, batch: Batch, routers: list[RouterPass] | None) -> Tensor:
+        logits = self._predicting(self._run(model, batch, routers).logits, batch)
+        logps = ops.sequence_logps_from_logits(logits, **self._targets(batch), backend=self.backend)
         assert isinstance(logps, Tensor)
         return logps
+
+    def _through_head(
+        self,
+        check: HeadCheck,
+        model: nn.Module,
+        batch: Batch,
+        operate: Callable[..., T],
+        routers: list[RouterPass] | None,
+    ) -> tuple[T, Tensor | None]:
+        """What a fused operator gives, and under an engine that shards a zero that has to be added to the result.
+
+        Such an engine prepares the backward pass of a module when the gradient of its output comes by.
+        """
+        head, transform = check.head, check.transform
+        assert head is not None
+
+        def run(hidden: Tensor) -> T:
+            return operate(
+                hidden=self._predicting(hidden, batch),
+                **self._targets(batch),
+                weight=head.weight,
+                bias=head.bias,
+                softcap=transform.softcap,
+                logit_scale=transform.logit_scale,
+                backend=self.backend,
+            )
+
+        with in_place_of_head(head, run, sharded=self.head.sharded) as results:
+            output = self._run(model, batch, routers)
+        (result,) = results
+        return result, output.logits.sum() if self.head.sharded else None
 
     def _run(self, model: nn.Module, batch: Batch, routers: list[RouterPass] | None) -> Any:
         router = None if routers is None else self.router

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from robust_dpo.ops.autocast import autocast_off
 from robust_dpo.trainer.dropout import evaluating
-from robust_dpo.trainer.head import LogitTransform, candidate_transforms, capture_head_input, linear_head
+from robust_dpo.trainer.head import LogitTransform, candidate_transforms, in_place_of_head, linear_head
 
 # Logits are blown up to this size for the check: a softcap of 30 changes small logits by less than rounding does,
 # and would go unseen on a model whose logits are still small, only to matter later in training.
@@ -36,55 +38,71 @@ class HeadCheck:
     reason: str = ""
 
 
-def check_head(model: Any) -> HeadCheck:
-    """Compare log-probs from the captured head input with the model's native ones, in float32, on one tiny batch.
+def check_head(model: Any, run: nn.Module | None = None) -> HeadCheck:
+    """Compare log-probs from what the head is given with the model's own ones, in float32, on one tiny batch.
 
     Args:
-        model: a causal language model, not wrapped, on its device. Runs twice without gradients, in eval mode.
+        model: a causal language model, not wrapped. Runs twice without gradients, in eval mode.
+        run: the same, wrapped as it will be run, where ranks share its weights; then all of them check it together.
     """
-    head = linear_head(model)
+    head, run = linear_head(model), model if run is None else run
     if head is None:
         return HeadCheck(None, LogitTransform(), "the output layer is not a plain nn.Linear")
     input_ids = torch.arange(16, device=head.weight.device).view(2, 8) % head.out_features
-    attention_mask = torch.ones_like(input_ids)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    with torch.no_grad(), evaluating(model):
-        with capture_head_input(head) as captured:
-            model(**inputs)
-        if len(captured) != 1 or captured[0].shape[:2] != input_ids.shape:
-            shapes = [tuple(hidden.shape) for hidden in captured]
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    with torch.no_grad(), evaluating(run):
+        with in_place_of_head(head, lambda hidden: (tuple(hidden.shape), isinstance(head.weight, DTensor))) as seen:
+            run(**inputs)
+        if [shape[:2] for shape, _ in seen] != [input_ids.shape]:
+            shapes = [shape for shape, _ in seen]
             return HeadCheck(None, LogitTransform(), f"the output layer was given {shapes}, not one [B, T, H] tensor")
-        hidden, native = _amplified_forward(model, head, inputs)
-        logits = nn.functional.linear(hidden.float(), head.weight.float(), _float(head.bias))
-        expected = native.float().log_softmax(-1)
+        if seen[0][1]:
+            return HeadCheck(None, LogitTransform(), "ranks hold parts of its weight while it runs (tensor parallel)")
+        probe = _amplified_forward(run, head, inputs)
+        expected = probe.native.float().log_softmax(-1)
         if not bool(expected.isfinite().all()):
             return HeadCheck(None, LogitTransform(), "the model gives log-probs that are not finite")
-        eps = max(torch.finfo(native.dtype).eps, torch.finfo(head.weight.dtype).eps, _SMALLEST_EPS)
         worst: list[str] = []
         for transform in candidate_transforms(model.config):
-            ours = transform(logits)
+            ours = transform(probe.products)
             error = (ours.log_softmax(-1) - expected).abs().max()
-            if bool(error <= _ROUNDINGS * eps * ours.abs().max()):
+            if bool(error <= _ROUNDINGS * probe.eps * ours.abs().max()):
                 return HeadCheck(head, transform)
             worst.append(f"{transform}: off by {float(error):.3g}")
     return HeadCheck(None, LogitTransform(), "fused and native log-probs differ (" + "; ".join(worst) + ")")
 
 
-def _amplified_forward(model: nn.Module, head: nn.Linear, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Native forward pass with the head's input blown up: (what the head was given [B, T, H], logits [B, T, V])."""
-    seen: list[Tensor] = []
+@dataclass(frozen=True)
+class _Probe:
+    """x Wᵀ + b in float32 [B, T, V], the model's own logits [B, T, V], and the eps of the dtypes they went through."""
+
+    products: Tensor
+    native: Tensor
+    eps: float
+
+
+def _amplified_forward(run: nn.Module, head: nn.Linear, inputs: dict[str, Any]) -> _Probe:
+    """A forward pass with the head's input blown up, and what the head ought to make of it."""
+    products: list[Tensor] = []
+    dtypes: list[torch.dtype] = []
 
     def amplify(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        # Here, as an engine that shards the weight has gathered it.
         largest = nn.functional.linear(args[0], head.weight).abs().max().float().clamp(min=1e-6)
-        seen.append(args[0] * (_PROBE_LOGIT / largest).to(args[0].dtype))
-        return (seen[0],)
+        hidden = args[0] * (_PROBE_LOGIT / largest).to(args[0].dtype)
+        device = hidden.device.type
+        dtypes.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype)
+        with autocast_off(hidden.device):
+            products.append(nn.functional.linear(hidden.float(), head.weight.float(), _float(head.bias)))
+        return (hidden,)
 
     handle = head.register_forward_pre_hook(amplify)
     try:
-        logits = model(**inputs).logits
+        native = run(**inputs).logits
     finally:
         handle.remove()
-    return seen[0], logits
+    eps = max(*(torch.finfo(dtype).eps for dtype in (native.dtype, *dtypes)), _SMALLEST_EPS)
+    return _Probe(products[0], native, eps)
 
 
 def _float(bias: Tensor | None) -> Tensor | None:

@@ -29,7 +29,7 @@ from robust_dpo.trainer.data import RowPreparation, Rows
 from robust_dpo.trainer.dropout import disable_dropout
 from robust_dpo.trainer.evaluation import evaluate_groups
 from robust_dpo.trainer.forward import PolicyForward
-from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer
+from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer, placed, placed_for_now
 from robust_dpo.trainer.monitor import TrainingMonitor
 from robust_dpo.trainer.planner import ScorerPlanner
 from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
@@ -208,11 +208,11 @@ class RobustDPOTrainer(CheckpointedTrainer):
                 raise argument_error("ref_model", f"None: {reason}", type(ref_model).__name__)
             return None
         if ref_model is None:
-            return own_reference(self.model, self._scorer, copy_policy=not self.args.precompute_ref_log_probs)
-        # Quantised models refuse even a move to where they are.
-        if next(ref_model.parameters()).device != self.args.device:
-            ref_model = ref_model.to(self.args.device)
-        return FrozenModel.of(ref_model, self._planner.scorer(ref_model, "ref_model", trains=False))
+            copy_policy = not self.args.precompute_ref_log_probs
+            return own_reference(self.model, self._scorer, self.accelerator, copy_policy=copy_policy)
+        ref_model = placed(ref_model, self.accelerator)
+        scorer = self._planner.scorer(ref_model, "ref_model", trains=False)
+        return FrozenModel.of(ref_model, scorer, self.accelerator)
 
     def _precompute(self, ref: Reference) -> None:
         """Add the reference's log-probs to the data sets and release it."""
@@ -232,11 +232,12 @@ class RobustDPOTrainer(CheckpointedTrainer):
                 return dataset
             return run(dataset, batch_size=self.args.precompute_ref_batch_size or batch_size, name=name)
 
-        if self.train_dataset is not None:
-            self.train_dataset = add(self.train_dataset, "the training data", self.args.train_batch_size)
-        self.eval_dataset = _for_each(
-            self.eval_dataset, lambda rows: add(rows, "the evaluation data", self.args.eval_batch_size)
-        )
+        with placed_for_now(ref.model_in(self.model), self.accelerator):
+            if self.train_dataset is not None:
+                self.train_dataset = add(self.train_dataset, "the training data", self.args.train_batch_size)
+            self.eval_dataset = _for_each(
+                self.eval_dataset, lambda rows: add(rows, "the evaluation data", self.args.eval_batch_size)
+            )
         self.reference = None
 
     def get_eval_dataloader(self, eval_dataset: str | Rows | None = None) -> DataLoader[Any]:
@@ -381,7 +382,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
                 "precision": self.accelerator.mixed_precision,
                 "layout": layout.kind,
                 "attention": None if layout.attention is None else layout.attention.name,
-                "head": "fused" if self._scorer.fused else "logits",
+                "head": self._scorer.head.name,
                 "device": self.args.device.type,
                 **({"threads": torch.get_num_threads()} if on_cpu else {}),
             },

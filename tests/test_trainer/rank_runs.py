@@ -1,7 +1,7 @@
 """Runs training cases on every rank and writes down how they ended; test_ranks.py launches it.
 
 Usage: torchrun rank_runs.py FOLDER ENGINE; FOLDER holds cases.json, data sets and models, and engines are ddp, fsdp,
-fsdp-at-load, zero-1, zero-2 and zero-3.
+fsdp-loaded-once, fsdp-at-load, zero-1, zero-2 and zero-3.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
     if case.get("sharded_at_load"):
         sharding = DistributedConfig(fsdp_size=torch.distributed.get_world_size())
         model = AutoModelForCausalLM.from_pretrained(model, dtype="float32", distributed_config=sharding)
-    reference: Any = None if case.get("lora") else str(folder / "reference")
+    reference: Any = None if case.get("lora") or case.get("own_reference") else str(folder / "reference")
     if case.get("loaded_before"):
         unset_hf_deepspeed_config()
         model, reference = (AutoModelForCausalLM.from_pretrained(each, dtype="float32") for each in (model, reference))
@@ -87,14 +87,15 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
 
 
 def _plan(trainer: RobustDPOTrainer) -> dict[str, Any]:
-    """How the run was planned: layout, head, route."""
-    facts = trainer.run_record().facts
-    return {"layout": facts["layout"], "head": facts["head"], "route": type(trainer._window._weighting).__name__}
+    """How the run went: layout, head, route."""
+    scorer = trainer._scorer
+    head = "logits" if scorer.head.check(trainer.model_wrapped).head is None else "fused"
+    return {"layout": scorer.layout.kind, "head": head, "route": type(trainer._window._weighting).__name__}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    if sys.argv[2] == "fsdp":
+    if sys.argv[2] in ("fsdp", "fsdp-loaded-once"):
         shard_on_cpu()
     if sys.argv[2].startswith("zero"):
         deepspeed_on_cpu()

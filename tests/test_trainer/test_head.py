@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from robust_dpo.trainer.head import LogitTransform, capture_head_input, linear_head
+from robust_dpo.trainer.head import LogitTransform, in_place_of_head, linear_head
 from robust_dpo.trainer.self_check import check_head
 
 TRANSFORMS = {
@@ -61,7 +61,7 @@ def test_captured_input_gives_the_native_logits(build_model: Callable[..., Any],
     model = build_model(family).eval()
     head = linear_head(model)
     native = model(TOKENS).logits
-    with capture_head_input(head) as captured:
+    with in_place_of_head(head, lambda hidden: hidden) as captured:
         assert model(TOKENS).logits.shape == (2, 0, native.shape[-1])
     (hidden,) = captured
     logits = TRANSFORMS.get(family, LogitTransform())(head(hidden))
@@ -72,7 +72,7 @@ def test_captured_input_gives_the_native_logits(build_model: Callable[..., Any],
 def test_capture_ends_with_an_error_inside(build_model: Callable[..., Any]) -> None:
     model = build_model()
     head = linear_head(model)
-    with pytest.raises(KeyError), capture_head_input(head):
+    with pytest.raises(KeyError), in_place_of_head(head, len):
         raise KeyError
     assert model(TOKENS).logits.shape[1] == 4
 
@@ -81,7 +81,7 @@ def test_capture_keeps_a_forward_that_others_put_there(build_model: Callable[...
     head = linear_head(build_model())
     theirs = head.forward
     head.forward = theirs  # as accelerate's hooks do
-    with capture_head_input(head):
+    with in_place_of_head(head, len):
         pass
     assert head.__dict__["forward"] == theirs
 
@@ -89,7 +89,7 @@ def test_capture_keeps_a_forward_that_others_put_there(build_model: Callable[...
 def test_unused_parameters_are_seen_from_the_output(build_model: Callable[..., Any]) -> None:
     """DistributedDataParallel looks for unused parameters in the graph of the output."""
     model = build_model("llama")
-    with capture_head_input(linear_head(model)):
+    with in_place_of_head(linear_head(model), len):
         output = model(TOKENS).logits
     reached, pending = set(), [output.grad_fn]
     while pending:

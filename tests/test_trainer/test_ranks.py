@@ -28,6 +28,16 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dora-mixed-sizes": (12, {"rows": "mixed", "options": {**DORA, "loss_type": "plackett_luce"}}),
     "dora-lora": (12, {"rows": "pairs", "options": DORA, "lora": True}),
     "dora-tied": (12, {"rows": "pairs", "options": DORA, "model": "tied"}),
+    "own-reference": (12, {"rows": "pairs", "options": DORA, "own_reference": True}),
+    "precomputed-tied": (
+        12,
+        {
+            "rows": "pairs",
+            "options": {**DORA, "precompute_ref_log_probs": True},
+            "own_reference": True,
+            "model": "tied",
+        },
+    ),
     "two-pass": (12, {"rows": "pairs", "options": {**DORA, "robust_route": "two_pass"}}),
     # FSDP takes padded rows, everything else shares prompts: the tokens that count are the same.
     "experts": (12, {"rows": "pairs", "options": {**DORA, "router_aux_loss_coef": 0.3}, "model": "experts"}),
@@ -60,11 +70,13 @@ def _engine_options(engine: str, model: str) -> dict[str, Any]:
     """What an engine is asked for; FSDP2 wraps each decoder layer, and the rest of the model around them."""
     if engine.startswith("zero"):
         return zero(int(engine.removeprefix("zero-")))
-    if engine != "fsdp":
+    if engine not in ("fsdp", "fsdp-loaded-once"):
         return {}
     layer = "MixtralDecoderLayer" if model == "experts" else "LlamaDecoderLayer"
     wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": [layer]}
-    return {"fsdp": True, "fsdp_config": {"version": 2, **wrap}}
+    # As `accelerate config` proposes: what is loaded has its weights on one rank alone, until the engine shares them.
+    once = {"cpu_ram_efficient_loading": engine == "fsdp-loaded-once"}
+    return {"fsdp": True, "fsdp_config": {"version": 2, **wrap, **once}}
 
 
 # engine and ranks: name of a case, and the groups of its micro-batches.
@@ -99,6 +111,15 @@ LAYOUTS = {
         ("uneven", 1),
         ("experts", 3),
         ("domains", 2),
+        ("own-reference", 3),
+        ("precomputed-tied", 3),
+    ],
+    ("fsdp-loaded-once", 2): [
+        ("dora", 3),
+        ("dora-tied", 6),
+        ("dora-lora", 3),
+        ("own-reference", 3),
+        ("precomputed-tied", 3),
     ],
     ("fsdp-at-load", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("uneven", 1)],
     ("zero-1", 1): [("dora", 12), ("dora", 3)],
@@ -251,7 +272,7 @@ def test_ranks_train_the_same_weights(
     if engine != "ddp":
         one_micro_batch = CASES[name][0] == size * ranks and name != "radius"
         route = "OnePass" if one_micro_batch else "TwoPass"
-        assert mine[0]["plan"] == {"layout": "padded", "head": "logits", "route": route}
+        assert mine[0]["plan"] == {"layout": "padded", "head": "fused", "route": route}
     assert ends.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(ends[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")

@@ -226,11 +226,12 @@ def sharded_model(build_model: Callable[..., Any]) -> Iterator[Any]:
 
 def test_sharded_model_is_no_reference(sharded_model: Any, make_trainer: Callable[..., Any]) -> None:
     """A copy, and a hash of all weights, would take what other ranks hold."""
-    scorer = make_trainer()._scorer
+    trainer = make_trainer()
+    scorer, accelerator = trainer._scorer, trainer.accelerator
     for make in (
-        lambda: own_reference(sharded_model, scorer, copy_policy=True),
-        lambda: own_reference(sharded_model, scorer, copy_policy=False),
-        lambda: FrozenModel.of(sharded_model, scorer),
+        lambda: own_reference(sharded_model, scorer, accelerator, copy_policy=True),
+        lambda: own_reference(sharded_model, scorer, accelerator, copy_policy=False),
+        lambda: FrozenModel.of(sharded_model, scorer, accelerator),
     ):
         with pytest.raises(ValueError, match="ref_model: expected a ref_model that every rank has whole, or rows"):
             make()
@@ -242,10 +243,11 @@ def test_model_that_deepspeed_has_partitioned_is_no_reference(
     """By its third stage: parameters without contents, which all have the same hash."""
     model = build_model()
     model.lm_head.weight.ds_id = 0
+    trainer = make_trainer()
     with pytest.raises(ValueError, match="ref_model: expected a ref_model that every rank has whole"):
-        FrozenModel.of(model, make_trainer()._scorer)
+        FrozenModel.of(model, trainer._scorer, trainer.accelerator)
 
 
 def test_sharded_model_is_not_tried_beforehand(sharded_model: Any, make_trainer: Callable[..., Any]) -> None:
     scorer = make_trainer()._planner.scorer(sharded_model, "it", trains=True)
-    assert scorer.layout.kind == "padded" and scorer.check.head is None
+    assert scorer.layout.kind == "padded" and scorer.head.name == "asked when sharded"

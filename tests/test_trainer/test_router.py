@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from robust_dpo.data import PreferenceCollator
 from robust_dpo.expert_load import RouterPass, load_balancing_loss, load_slopes
 from robust_dpo.layout import plan_layout
+from robust_dpo.trainer.head_route import HeadRoute
 from robust_dpo.trainer.router import RouterLoss, padded_places, plan_router_loss
 from robust_dpo.trainer.scoring import SequenceScorer
 from robust_dpo.trainer.self_check import HeadCheck, check_head
@@ -87,7 +88,7 @@ def _scored(
         check = HeadCheck(None, check.transform, "not wanted")
     plan = plan_layout(model, layout, row_tokens=row_tokens)
     assert plan.kind == layout, plan.reason
-    scorer = SequenceScorer(check, layout=plan, router=plan_router_loss(model, None, trial=True))
+    scorer = SequenceScorer(HeadRoute(lambda _: check), layout=plan, router=plan_router_loss(model, None, trial=True))
     batch = PreferenceCollator(0).for_layout(plan)(_rows(torch.Generator().manual_seed(1), sizes))
     routers: list[RouterPass] = []
     logps = scorer.logps(model, batch, routers)
