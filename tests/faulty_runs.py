@@ -100,7 +100,7 @@ class Run:
         optimizer = trainer.optimizer
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        moments = optimizer.state_dict()["state"]
+        moments = dict(enumerate(optimizer.state.values()))
         state = {
             "model": {name: whole(value) for name, value in trainer.model.state_dict().items()},
             "optimizer": {name: {key: whole(value) for key, value in each.items()} for name, each in moments.items()},

@@ -241,7 +241,7 @@ def test_train_weighs_domains(tmp_path: Path, world_file: Path, start_model: Pat
 @pytest.mark.parametrize("place", ["", ".incomplete"], ids=["checkpoint", "lacks-its-rename"])
 def test_resume_ends_with_the_same_weights(place: str, tmp_path: Path, world_file: Path, start_model: Path) -> None:
     common = ["--model", start_model, "--data", world_file, "--mode", "dro", "--batch-size", 8, "--learning-rate", 1e-3]
-    common += ["--logging-steps", 1, "--save-steps", 2, "--trainer-arg", "save_total_limit=9"]
+    common += ["--logging-steps", 1, "--save-steps", 2, "--trainer-arg", "save_total_limit=9", "--lam", 1]
     whole = run("train", *common, "--out", tmp_path / "whole")
     assert whole.exit_code == ExitCode.OK, whole.output
     # a run that was killed after its third step: a whole checkpoint, a damaged one, and a log that is ahead

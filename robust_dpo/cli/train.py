@@ -80,9 +80,11 @@ def train(
         typer.Option(help="Scale of the reward (default: the loss's own).", rich_help_panel=OBJECTIVE_PANEL),
     ] = None,
     lam: Annotated[
-        float,
-        typer.Option(help="Robustness λ: large is the mean, small the worst group.", rich_help_panel=OBJECTIVE_PANEL),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Robustness λ: large is the mean, small the worst group (default: 1).", rich_help_panel=OBJECTIVE_PANEL
+        ),
+    ] = None,
     radius: Annotated[
         float | None,
         typer.Option(help="KL radius ρ; λ is then found for it at every step.", rich_help_panel=OBJECTIVE_PANEL),

@@ -129,7 +129,9 @@ class RobustDPOConfig(TrainingArguments):
         default="dro",
         metadata={"help": "What is minimised over the groups of a batch.", "choices": list(MODES)},
     )
-    lam: float = field(default=1.0, metadata={"help": "Robustness λ: large is the mean, small the worst group."})
+    lam: float | None = field(
+        default=None, metadata={"help": "Robustness λ: large is the mean, small the worst group. Default: 1."}
+    )
     radius: float | None = field(default=None, metadata={"help": "KL radius ρ; λ is then found from it."})
     robust: str | None = field(
         default=None, metadata={"help": "Aggregation by name, in place of the one that the mode implies."}
@@ -234,9 +236,12 @@ class RobustDPOConfig(TrainingArguments):
                 raise type_error(name, "a dictionary", getattr(self, name))
         if self.robust_options and self.robust is None:
             raise argument_error("robust_options", "none without robust", self.robust_options)
-        if self.radius is not None and self.robust is not None:
-            expected = f"None beside robust={self.robust!r}, whose parameters are robust_options"
-            raise argument_error("radius", expected, self.radius)
+        for name in ("lam", "radius"):
+            if getattr(self, name) is not None and self.robust is not None:
+                expected = f"None beside robust={self.robust!r}, whose parameters are robust_options"
+                raise argument_error(name, expected, getattr(self, name))
+        if self.lam is not None and self.radius is not None:
+            raise argument_error("lam", f"None beside radius={self.radius}, from which λ is found", self.lam)
         if self.radius is not None and isinstance(from_mode(self.mode)[0], Mean):
             raise argument_error("radius", f"None with mode={self.mode!r}, which has no worst case", self.radius)
         self.bound_loss()
@@ -268,7 +273,7 @@ class RobustDPOConfig(TrainingArguments):
 
     def objective(self) -> RobustObjective:
         """The aggregation over groups: of the mode, or the one that `robust` names."""
-        of_mode, _ = from_mode(self.mode, lam=self.lam, radius=self.radius)
+        of_mode, _ = from_mode(self.mode, lam=1.0 if self.lam is None else self.lam, radius=self.radius)
         if self.robust is None:
             return of_mode
         named = resolve_objective(self.robust)

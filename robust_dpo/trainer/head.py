@@ -93,7 +93,10 @@ def in_place_of_head(head: nn.Linear, operate: Callable[[Tensor], T], *, sharded
     def forward(hidden: Tensor) -> Tensor:
         results.append(operate(hidden))
         nothing = hidden[..., :0, :]
-        return nothing[..., :1].expand(*nothing.shape[:-1], head.out_features) if sharded else native(nothing)
+        if not sharded:
+            return native(nothing)
+        # No view, as a change in place would take the engine's hooks away.
+        return nothing[..., :1].expand(*nothing.shape[:-1], head.out_features).clone()
 
     head.__dict__["forward"] = forward
     try:

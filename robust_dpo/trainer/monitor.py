@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from robust_dpo.robust import RobustObjective
 from robust_dpo.trainer.metrics import GROUP_METRICS, RunningMeans, group_metrics, robust_metrics, seen_groups
@@ -16,6 +19,15 @@ from robust_dpo.trainer.scoring import Batch
 from robust_dpo.window import Weighed, WindowSolution, layout_of
 
 logger = logging.getLogger(__name__)
+
+
+class LastLog(TrainerCallback):
+    """Logs the steps since the last multiple of `logging_steps` when the training ends."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last step."""
+        if args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class TrainingMonitor:

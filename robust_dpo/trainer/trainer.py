@@ -30,7 +30,7 @@ from robust_dpo.trainer.dropout import disable_dropout
 from robust_dpo.trainer.evaluation import evaluate_groups
 from robust_dpo.trainer.forward import PolicyForward
 from robust_dpo.trainer.models import add_adapter, layer_parameters, load_model, load_tokenizer, placed, placed_for_now
-from robust_dpo.trainer.monitor import TrainingMonitor
+from robust_dpo.trainer.monitor import LastLog, TrainingMonitor
 from robust_dpo.trainer.planner import ScorerPlanner
 from robust_dpo.trainer.precompute import Precomputation, has_ref_logps
 from robust_dpo.trainer.reference import FrozenModel, Reference, own_reference
@@ -154,6 +154,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
         )
         self.add_callback(self._monitor.guard)
         self.add_callback(self._monitor.objective_steps)
+        self.add_callback(LastLog)
         self._window = self._make_window()
         by_itself = RoutePlan("two_pass" if self.objective.adds_terms else "in_one", "micro_batch")
         self._by_itself = self._make_weighting(by_itself)

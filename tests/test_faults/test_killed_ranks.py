@@ -18,14 +18,17 @@ OPTIONS = {"ddp_backend": "gloo", "save_steps": 1}
 
 ENGINES = {
     "ddp": OPTIONS,
+    "ddp-domains": {**OPTIONS, "robust": "group_dro", "robust_options": {"step_size": 2.0}},
     "fsdp-shards": {**OPTIONS, **sharded("SHARDED_STATE_DICT")},
     "fsdp-full": {**OPTIONS, **sharded("FULL_STATE_DICT")},
     "zero-1": {**OPTIONS, **zero(1)},
     "zero-2": {**OPTIONS, **zero(2)},
+    "zero-3": {**OPTIONS, **zero(3)},
 }
 
 
-PARAMS = [pytest.param(name, marks=pytest.mark.slow) if name == "fsdp-full" else name for name in ENGINES]
+SLOW = ("fsdp-full", "ddp-domains")
+PARAMS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ENGINES]
 
 
 @pytest.fixture(scope="module", params=PARAMS)

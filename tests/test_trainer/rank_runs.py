@@ -6,6 +6,7 @@ fsdp-loaded-once, fsdp-at-load, zero-1, zero-2 and zero-3.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -101,15 +102,19 @@ def main() -> None:
         deepspeed_on_cpu()
     if sys.argv[2] == "fsdp-at-load":
         torch.distributed.init_process_group("gloo")
-    folder = Path(sys.argv[1])
+    _run_all(Path(sys.argv[1]))
+    # Threads of gloo that outlive the interpreter abort the process, and trainers hold groups of ranks.
+    gc.collect()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _run_all(folder: Path) -> None:
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         ends, told, trainer = run_case(folder, name, case)
         (folder / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(told))
         if trainer.is_world_process_zero():
             save_file(ends, folder / f"{name}.safetensors")
-    # Threads of gloo that outlive the interpreter abort the process.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def train(make_trainer: Callable[..., Any], build_model: Callable[..., Any], bui
             "learning_rate": RATE,
             "max_grad_norm": CLIP,
             "mode": "dora",
-            "lam": LAMBDA,
+            "lam": None if options.keys() & {"robust", "radius"} else LAMBDA,
         }
         if not options.keys() & {"peft_config", "ref_model"}:
             defaults["ref_model"] = build_model(seed=1)
@@ -169,14 +169,14 @@ def test_layouts_agree_whatever_couples_the_groups(name: str, train: Any) -> Non
             torch.testing.assert_close(value, ends[0][0][key], rtol=0, atol=3e-6, msg=key)
 
 
-@pytest.mark.parametrize("options", [{}, {"sft_weight": 0.5}, {"robust": "cvar"}], ids=["tilt", "sft", "cvar"])
+@pytest.mark.parametrize(
+    "options", [{"lam": LAMBDA}, {"lam": LAMBDA, "sft_weight": 0.5}, {"robust": "cvar"}], ids=["tilt", "sft", "cvar"]
+)
 def test_the_loss_of_a_batch_by_itself_is_the_objective_of_an_evaluation(
     options: dict[str, Any], make_trainer: Any, build_model: Any, build_rows: Any, whole_batch: Any
 ) -> None:
     rows = build_rows(12, probs=lambda rng: rng.random())
-    trainer = make_trainer(
-        ref_model=build_model(seed=1), train_dataset=rows, eval_dataset=rows, mode="dora", lam=LAMBDA, **options
-    )
+    trainer = make_trainer(ref_model=build_model(seed=1), train_dataset=rows, eval_dataset=rows, mode="dora", **options)
     expected = trainer.evaluate()["eval_loss"]
     for training in (False, True):
         trainer.model.train(training)

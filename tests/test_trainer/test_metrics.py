@@ -61,3 +61,10 @@ def test_groups_of_one_response_do_not_spoil_the_logs(
         assert (prefix + "rewards/margins" in logs) == (pairs > 0)
     if pairs == 0:
         assert not {name for name in logs if name.removeprefix("eval_") in NEEDS_OTHERS}
+
+
+@pytest.mark.parametrize(("interval", "logged"), [(2, [2, 3]), (3, [3]), (10, [3])])
+def test_the_last_steps_are_logged(interval: int, logged: list[int], make_trainer: Any) -> None:
+    trainer = make_trainer(max_steps=3, logging_steps=interval)
+    trainer.train()
+    assert [log["step"] for log in trainer.state.log_history if "rewards/margins" in log] == logged

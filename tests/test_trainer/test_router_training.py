@@ -43,7 +43,7 @@ def train(make_trainer: Callable[..., Any], experts: Callable[..., Any], build_r
             "max_grad_norm": CLIP,
             "max_steps": STEPS,
             "mode": "dora",
-            "lam": LAMBDA,
+            "lam": None if "robust" in options else LAMBDA,
             "per_device_train_batch_size": size,
             "gradient_accumulation_steps": accumulation,
         }
