@@ -43,7 +43,7 @@ other-torch:
 	echo "$(CURDIR)/$(VENV)-other/bin/python" > $(VENV)-other/python
 
 deepspeed: $(VENV)-deepspeed/installed
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(VENV)-deepspeed/bin/python -m pytest -n auto -k "zero or not_finite" \
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(VENV)-deepspeed/bin/python -m pytest -n auto --dist loadfile -k "zero or not_finite" \
 	    tests/test_trainer/test_ranks.py tests/test_faults/test_deepspeed.py tests/test_faults/test_killed_ranks.py
 
 bench: $(VENV)/bench
@@ -76,7 +76,7 @@ $(VENV)-deepspeed/installed: $(VENV)/dev
 	$(PYTHON) -m venv $(VENV)-deepspeed
 	site="import sysconfig; print(sysconfig.get_path('purelib'))"; \
 	    $(VENV)/bin/python -c "$$site" > "$$($(VENV)-deepspeed/bin/python -c "$$site")/first-venv.pth"
-	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet --no-build-isolation deepspeed
+	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet --no-build-isolation "deepspeed==0.19.*"
 	touch $@
 
 $(VENV)/bench: $(VENV)/dev

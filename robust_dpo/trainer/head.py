@@ -78,13 +78,14 @@ def linear_head(model: Any) -> nn.Linear | None:
 
 
 @contextmanager
-def in_place_of_head(head: nn.Linear, operate: Callable[[Tensor], T], *, sharded: bool = False) -> Iterator[list[T]]:
+def in_place_of_head(head: nn.Linear, operate: Callable[[Tensor], T], *, by_engine: bool = False) -> Iterator[list[T]]:
     """Inside, a forward pass of the model leaves in the yielded list what `operate` gives for what its head was given.
 
     That is [B, T, H]. `operate` runs where the head would have, when an engine that shards its weight has gathered it.
     The logits of the pass have zero rows. They depend on the head's parameters, which is how DistributedDataParallel
-    sees that they are in use, or, if `sharded`, on its input only: engines look at the output's gradient, and one of
-    the weight would be as large as the weight.
+    sees that they are in use. Engines that own the weights (FSDP2, DeepSpeed) look at the gradient of the output
+    instead, so `by_engine` it depends on the head's input alone where that has a gradient: one of the weight would be
+    as large as the weight.
     """
     results: list[T] = []
     own_forward = head.__dict__.get("forward")
@@ -93,7 +94,7 @@ def in_place_of_head(head: nn.Linear, operate: Callable[[Tensor], T], *, sharded
     def forward(hidden: Tensor) -> Tensor:
         results.append(operate(hidden))
         nothing = hidden[..., :0, :]
-        if not sharded:
+        if not (by_engine and hidden.requires_grad):
             return native(nothing)
         # No view, as a change in place would take the engine's hooks away.
         return nothing[..., :1].expand(*nothing.shape[:-1], head.out_features).clone()

@@ -16,11 +16,11 @@ class HeadRoute:
 
     Args:
         ask: checks a model, wrapped as it is run.
-        sharded: an engine gathers the head's weight for as long as the head runs, and no longer.
+        by_engine: an engine owns the weights (FSDP2, DeepSpeed), and may have the head's whole only while it runs.
     """
 
-    def __init__(self, ask: Callable[[nn.Module], HeadCheck], *, sharded: bool = False) -> None:
-        self._ask, self.sharded = ask, sharded
+    def __init__(self, ask: Callable[[nn.Module], HeadCheck], *, by_engine: bool = False) -> None:
+        self._ask, self.by_engine = ask, by_engine
         self._found: HeadCheck | None = None
 
     def check(self, model: nn.Module) -> HeadCheck:
@@ -37,8 +37,8 @@ class HeadRoute:
         return route
 
     @property
-    def name(self) -> str:
-        """How a run is recorded; the same before and after the first pass."""
-        if self.sharded:
-            return "asked when sharded"
-        return "logits" if self._found is None or self._found.head is None else "fused"
+    def name(self) -> str | None:
+        """What a record of the run calls it: fused or logits; None before anybody has asked."""
+        if self._found is None:
+            return None
+        return "logits" if self._found.head is None else "fused"

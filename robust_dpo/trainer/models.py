@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -47,18 +48,15 @@ def placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
     FSDP's `cpu_ram_efficient_loading` gives the weights of what is loaded to one rank alone: the others get them here.
     """
-    tensors = chain(model.parameters(), model.buffers())
-    empty = any(tensor.is_meta for tensor in tensors)
+    empty = _is_empty(model)
     if accelerator.num_processes > 1 and any(gather_object([empty])):
         if empty:
             model = model.to_empty(device=accelerator.device)
-            base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-            base.tie_weights()
+            _tie(model)
         model = model.to(accelerator.device)
         for tensor in chain(model.parameters(), model.buffers()):
             distributed.broadcast(tensor.data, 0)
-    elif next(model.parameters()).device != accelerator.device:
-        # Quantised models refuse even a move to where they are.
+    elif _is_elsewhere(model, accelerator):
         model = model.to(accelerator.device)
     return model
 
@@ -66,13 +64,39 @@ def placed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 @contextmanager
 def placed_for_now(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Inside, the model is on the device of the run; afterwards, if it was not, where engines that shard expect it."""
-    away = next(model.parameters()).device != accelerator.device
+    empty, elsewhere = _is_empty(model), _is_elsewhere(model, accelerator)
     model = placed(model, accelerator)
     try:
         yield
     finally:
-        if away:
+        if elsewhere:
             model.to("cpu")
+        if empty:
+            _take_weights(model)
+
+
+def _is_empty(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
+
+
+def _is_elsewhere(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether the model has to be moved; quantised ones refuse even a move to where they are."""
+    # With an index, which the accelerator's own does not have in one process.
+    return next(model.parameters()).device != torch.empty(0, device=accelerator.device).device
+
+
+def _take_weights(model: nn.Module) -> None:
+    """Leave the parameters of the model without contents, and its buffers as they are."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    _tie(model)
+
+
+def _tie(model: nn.Module) -> None:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.tie_weights()
 
 
 def add_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:

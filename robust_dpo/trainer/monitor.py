@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class LastLog(TrainerCallback):
-    """Logs the steps since the last multiple of `logging_steps` when the training ends."""
+    """Logs the steps since the last multiple of `logging_steps` when the training ends, or another callback ends it."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the last step."""
-        if args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+        if args.logging_strategy == IntervalStrategy.STEPS and control.should_training_stop:
             control.should_log = True
 
 

@@ -207,8 +207,12 @@ class NonFiniteGuard(TrainerCallback):
 
         Only Adam's: torch's fused SGD leaves its momentum without contents if the first step is left out.
         """
-        fused = isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups)
-        return fused and self._accelerator.scaler is None and self._accelerator.distributed_type in _UNSHARDED
+        if self._accelerator.scaler is not None or self._accelerator.distributed_type not in _UNSHARDED:
+            return False
+        groups = optimizer.param_groups
+        fused = isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in groups)
+        # As those of models are that transformers shards when it loads them.
+        return fused and not any(isinstance(each, DTensor) for group in groups for each in group["params"])
 
 
 def _unwrapped(optimizer: Any) -> Any:

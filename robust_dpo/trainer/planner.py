@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
 from robust_dpo.errors import argument_error
 from robust_dpo.layout import LayoutPlan, plan_layout
 from robust_dpo.trainer.config import RobustDPOConfig
-from robust_dpo.trainer.head import LogitTransform
+from robust_dpo.trainer.head import LogitTransform, linear_head
 from robust_dpo.trainer.head_route import HeadRoute
 from robust_dpo.trainer.models import has_sharded_parameters
 from robust_dpo.trainer.router import RouterLoss, may_reenter, plan_router_loss
@@ -69,7 +69,7 @@ class ScorerPlanner:
 
     def _plan_layout(self, model: nn.Module, name: str, *, trains: bool, sharded: bool) -> LayoutPlan:
         args = self.args
-        if args.torch_compile:
+        if self._compiles:
             plan = LayoutPlan("padded", reason="torch_compile compiles the model's own attention")
         elif sharded:
             plan = LayoutPlan("padded", reason="ranks hold parts of it (FSDP, DeepSpeed), and it is not tried before")
@@ -86,26 +86,37 @@ class ScorerPlanner:
         return plan
 
     def _head_route(self, model: nn.Module, name: str, sharded: bool) -> HeadRoute:
-        route = HeadRoute(partial(self._check_head, name=name), sharded=sharded)
-        if not sharded:
+        why_not = self._why_no_head(model, sharded)
+        route = HeadRoute(partial(self._check_head, name=name, why_not=why_not), by_engine=sharded)
+        if why_not or not sharded:
             route.check(model)
         return route
 
-    def _check_head(self, model: nn.Module, name: str) -> HeadCheck:
+    def _why_no_head(self, model: nn.Module, sharded: bool) -> str:
+        """Why a head cannot be fused, where that is known before it runs; empty where it is not."""
+        if self.args.head_route == "logits":
+            return "head_route='logits'"
+        if linear_head(model) is None:
+            return "the output layer is not a plain nn.Linear"
+        if self._compiles:
+            return "torch_compile compiles the model's own head"
+        if sharded and self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2:
+            return "the first version of FSDP makes one vector of a layer's weights"
+        return "DataParallel runs copies of it; start with torchrun to fuse it" if self.args.n_gpu > 1 else ""
+
+    def _check_head(self, model: nn.Module, name: str, why_not: str) -> HeadCheck:
         """Whether the head of `model`, wrapped as it is run, is fused."""
-        args = self.args
-        if args.head_route == "logits":
-            return HeadCheck(None, LogitTransform(), "head_route='logits'")
-        if args.torch_compile:
-            check = HeadCheck(None, LogitTransform(), "torch_compile compiles the model's own head")
-        elif self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2:
-            check = HeadCheck(None, LogitTransform(), "the first version of FSDP makes one vector of a layer's weights")
-        elif args.n_gpu > 1:
-            check = HeadCheck(None, LogitTransform(), "DataParallel runs copies of it; start with torchrun to fuse it")
+        if why_not:
+            check = HeadCheck(None, LogitTransform(), why_not)
         else:
             check = check_head(self.accelerator.unwrap_model(model), model)
-        if check.head is None:
-            if args.head_route == "fused":
+        if check.head is None and self.args.head_route != "logits":
+            if self.args.head_route == "fused":
                 raise argument_error("head_route", f"'auto' or 'logits', for {name}: {check.reason}", "'fused'")
             logger.warning("%s: the head is not fused with the loss, which costs memory: %s", name, check.reason)
         return check
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether the model will be compiled, by transformers or by an option of accelerate's launcher."""
+        return bool(self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)

@@ -140,7 +140,7 @@ class Precomputation:
             chat_template=self.recipe.chat_template,
             truncation=self.recipe.truncation,
             head=json.dumps(head),
-            autocast=self.accelerator.mixed_precision,
+            autocast=self.accelerator.mixed_precision if self.accelerator.native_amp else "no",
             rows=rows_fingerprint(dataset),
             collator=collator_fingerprint(self.collator),
         )

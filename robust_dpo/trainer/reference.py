@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ from robust_dpo.reference_cache import base_tensors, configuration_fingerprint, 
 from robust_dpo.trainer.dropout import evaluating
 from robust_dpo.trainer.models import has_sharded_parameters, placed
 from robust_dpo.trainer.scoring import Batch, SequenceScorer
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,15 @@ class FrozenModel:
 
     @staticmethod
     def of(model: nn.Module, scorer: SequenceScorer, accelerator: Accelerator) -> FrozenModel:
-        """Freeze `model`, in place.
+        """Freeze `model`, in place, in the precision that the policy will have.
 
         Raises:
             ValueError: ranks hold parts of it.
         """
         _refuse_sharded(model)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # It casts the weights of the policy and leaves autocast off.
+            model = model.to(_PRECISIONS.get(accelerator.mixed_precision))
         return FrozenModel.as_it_is(model.requires_grad_(False), scorer, accelerator)
 
     @staticmethod

@@ -87,17 +87,20 @@ class SequenceScorer:
         def operate(**head: Any) -> PreferenceOutput:
             return ops.linear_preference_loss(**head, **objective)
 
-        output, tie = self._through_head(check, model, batch, operate, routers)
-        return output if tie is None else replace(output, loss=output.loss + tie)
+        result, output = self._through_head(check, model, batch, operate, routers)
+        if self.head.by_engine:
+            # Zero; an engine prepares the backward pass of a module when the gradient of its output comes by.
+            result = replace(result, loss=result.loss + output.logits.sum())
+        return result
 
     def logps(self, model: nn.Module, batch: Batch, routers: list[RouterPass] | None = None) -> Tensor:
-        """[S] float32, log-prob of each response, differentiable; arguments as of `preference_output`."""
+        """[S] float32, log-prob of each response; arguments as of `preference_output`. Not for a backward pass."""
         batch, check = self.laid_out(batch), self.head.check(model)
         if check.head is None:
             return self._logps_of_logits(model, batch, routers)
-        logps, tie = self._through_head(check, model, batch, ops.sequence_logps, routers)
+        logps, _ = self._through_head(check, model, batch, ops.sequence_logps, routers)
         assert isinstance(logps, Tensor)
-        return logps if tie is None else logps + tie
+        return logps
 
     def _logps_of_logits(self, model: nn.Module, batch: Batch, routers: list[RouterPass] | None) -> Tensor:
         logits = self._predicting(self._run(model, batch, routers).logits, batch)
@@ -112,11 +115,8 @@ class SequenceScorer:
         batch: Batch,
         operate: Callable[..., T],
         routers: list[RouterPass] | None,
-    ) -> tuple[T, Tensor | None]:
-        """What a fused operator gives, and under an engine that shards a zero that has to be added to the result.
-
-        Such an engine prepares the backward pass of a module when the gradient of its output comes by.
-        """
+    ) -> tuple[T, Any]:
+        """What a fused operator gives, and the model's output."""
         head, transform = check.head, check.transform
         assert head is not None
 
@@ -131,10 +131,10 @@ class SequenceScorer:
                 backend=self.backend,
             )
 
-        with in_place_of_head(head, run, sharded=self.head.sharded) as results:
+        with in_place_of_head(head, run, by_engine=self.head.by_engine) as results:
             output = self._run(model, batch, routers)
         (result,) = results
-        return result, output.logits.sum() if self.head.sharded else None
+        return result, output
 
     def _run(self, model: nn.Module, batch: Batch, routers: list[RouterPass] | None) -> Any:
         router = None if routers is None else self.router

@@ -1,4 +1,4 @@
-"""Does the fused head compute what the model computes? Asked of the model itself, once, before anything is trained."""
+"""Does the fused head compute what the model computes? Asked of the model itself, once, before its first loss."""
 
 from __future__ import annotations
 

@@ -194,6 +194,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
             self.accelerator,
             self._prepare_inputs,
             drop_last=self.args.dataloader_drop_last,
+            keeps_gradients=self._planner.is_sharded(self.model),
         )
 
     def _make_weighting(self, plan: RoutePlan) -> Weighting:
@@ -372,7 +373,7 @@ class RobustDPOTrainer(CheckpointedTrainer):
 
     def run_record(self) -> RunRecord:
         """The reference, and what sums, roundings and the order of the rows depend on."""
-        layout, on_cpu = self._scorer.layout, self.args.device.type == "cpu"
+        layout, head, on_cpu = self._scorer.layout, self._scorer.head.name, self.args.device.type == "cpu"
         return RunRecord(
             self._reference_weights,
             {
@@ -383,8 +384,8 @@ class RobustDPOTrainer(CheckpointedTrainer):
                 "precision": self.accelerator.mixed_precision,
                 "layout": layout.kind,
                 "attention": None if layout.attention is None else layout.attention.name,
-                "head": self._scorer.head.name,
                 "device": self.args.device.type,
+                **({} if head is None else {"head": head}),
                 **({"threads": torch.get_num_threads()} if on_cpu else {}),
             },
         )

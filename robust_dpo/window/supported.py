@@ -68,6 +68,9 @@ def refuse_unknown_groups(args: TrainingArguments, accelerator: Accelerator) -> 
             expected = "one that knows of all processes (without GPUs, use_cpu=True and ddp_backend='gloo')"
             raise argument_error("args", expected, f"one for 1 of the {launched} that were launched")
         return
+    if getattr(args, "ddp_static_graph", False):
+        expected = "False: it looks for the loss in the model's output, and would not reduce the first gradients"
+        raise argument_error("ddp_static_graph", expected, True)
     if not accelerator.even_batches and not args.dataloader_drop_last:
         expected = "even_batches=True on several ranks (otherwise those with more batches wait for ever for the others)"
         raise argument_error("accelerator_config", expected, "even_batches=False")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 
 from robust_dpo.errors import type_error
@@ -23,9 +22,6 @@ from robust_dpo.window.two_pass import TwoPass
 from robust_dpo.window.weighting import Batch, Forward, Look, MicroBatch, Weighed, Weighting
 
 logger = logging.getLogger(__name__)
-
-# Gradients of micro-batches are where `zero_grad` does not reach them until the last one.
-_KEEP_GRADIENTS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def make_weighting(
@@ -49,13 +45,21 @@ class AccumulationWindow:
         accelerator: of the run.
         prepare: moves a batch to the device.
         drop_last: whether the data end with the last full round of batches.
+        keeps_gradients: the gradients of micro-batches are where `zero_grad` does not reach them until the last one, as
+            under FSDP and DeepSpeed.
     """
 
     def __init__(
-        self, weighting: Weighting, accelerator: Accelerator, prepare: Callable[[Batch], Batch], *, drop_last: bool
+        self,
+        weighting: Weighting,
+        accelerator: Accelerator,
+        prepare: Callable[[Batch], Batch],
+        *,
+        drop_last: bool,
+        keeps_gradients: bool,
     ) -> None:
         self._weighting, self._accelerator, self._prepare = weighting, accelerator, prepare
-        self._drop_last = drop_last
+        self._drop_last, self._keeps_gradients = drop_last, keeps_gradients
         self._size = self._place = 0
 
     @property
@@ -80,7 +84,7 @@ class AccumulationWindow:
         """
         if self.is_open:
             # The loop was left in the middle of a step.
-            if self._accelerator.distributed_type in _KEEP_GRADIENTS:
+            if self._keeps_gradients:
                 raise RuntimeError(
                     "a step was left after some of its micro-batches, and FSDP and DeepSpeed would add their gradients "
                     "to the next; end epochs after steps (on_step_end)"

@@ -10,18 +10,23 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from cpu_engines import deepspeed_on_cpu, shard_on_cpu, whole
 from datasets import load_from_disk
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from robust_dpo import ops
 from robust_dpo.trainer import RobustDPOConfig, RobustDPOTrainer
 
 DEFAULTS = {
@@ -59,7 +64,8 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
     reference: Any = None if case.get("lora") or case.get("own_reference") else str(folder / "reference")
     if case.get("loaded_before"):
         unset_hf_deepspeed_config()
-        model, reference = (AutoModelForCausalLM.from_pretrained(each, dtype="float32") for each in (model, reference))
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+        reference = reference and AutoModelForCausalLM.from_pretrained(reference, dtype="float32")
     trainer = RobustDPOTrainer(
         model,
         reference,
@@ -78,20 +84,48 @@ def run_case(folder: Path, name: str, case: dict[str, Any]) -> tuple[dict[str, t
         for parameter_name, parameter in trainer.model.named_parameters():
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.1)
+    if case.get("head_only"):
+        trainer.model.requires_grad_(False).get_output_embeddings().requires_grad_(True)
     steps.trainer = trainer
-    trainer.train()
+    with counted(trainer) as counts:
+        trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     model = trainer.accelerator.unwrap_model(trainer.model)
     ends = {key: whole(value) for key, value in model.named_parameters() if value.requires_grad}
-    told = {"log": log, "steps": steps.found, "ranks": trainer.args.world_size, "plan": _plan(trainer)}
+    plan = {
+        "layout": trainer._scorer.layout.kind,
+        "head": trainer.run_record().facts["head"],
+        "route": type(trainer._window._weighting).__name__,
+    }
+    told = {"log": log, "steps": steps.found, "ranks": trainer.args.world_size, "plan": plan, "counts": counts}
     return ends, told, trainer
 
 
-def _plan(trainer: RobustDPOTrainer) -> dict[str, Any]:
-    """How the run went: layout, head, route."""
-    scorer = trainer._scorer
-    head = "logits" if scorer.head.check(trainer.model_wrapped).head is None else "fused"
-    return {"layout": scorer.layout.kind, "head": head, "route": type(trainer._window._weighting).__name__}
+@contextmanager
+def counted(trainer: RobustDPOTrainer) -> Iterator[dict[str, int]]:
+    """Inside, counts passes through the model, losses from its head and from logits, and gatherings of its head."""
+    counts = {"passes": 0, "fused": 0, "logits": 0, "gathered": 0}
+    head = trainer.model.get_output_embeddings()
+
+    def counting(function: Any, name: str, counts_it: Any = lambda *_: True) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += bool(counts_it(*args))
+            return function(*args, **kwargs)
+
+        return call
+
+    def of_head(parameters: Any, *_: Any) -> bool:
+        infos = [each._module_info for each in parameters]
+        return any(head in (info.module, *info.shared_modules) for info in infos)
+
+    handle = trainer.model.register_forward_pre_hook(lambda *_: counts.update(passes=counts["passes"] + 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "linear_preference_loss", counting(ops.linear_preference_loss, "fused"))
+        patch.setattr(ops, "sequence_logps_from_logits", counting(ops.sequence_logps_from_logits, "logits"))
+        gather = counting(fsdp_groups.foreach_all_gather, "gathered", of_head)
+        patch.setattr(fsdp_groups, "foreach_all_gather", gather)
+        yield counts
+    handle.remove()
 
 
 def main() -> None:

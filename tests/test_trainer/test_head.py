@@ -101,6 +101,20 @@ def test_unused_parameters_are_seen_from_the_output(build_model: Callable[..., A
     assert {name for name, p in model.named_parameters() if id(p) not in variables} == set()
 
 
+def test_under_an_engine_the_output_leads_to_the_hidden_states_alone(build_model: Callable[..., Any]) -> None:
+    """Not to the head's weight, whose gradient would be as large as itself; unless nothing else has one."""
+    model = build_model("llama")
+    for frozen in (False, True):
+        model.model.requires_grad_(not frozen)
+        with in_place_of_head(linear_head(model), torch.Tensor.sum, by_engine=True) as results:
+            output = model(TOKENS).logits
+        assert output.shape == (2, 0, model.config.vocab_size) and output.requires_grad and not output._is_view()
+        model.zero_grad()
+        (results[0] * 0 + output.sum()).backward()
+        assert (model.lm_head.weight.grad is None) is not frozen
+        assert (model.model.norm.weight.grad is None) is frozen
+
+
 class OwnHead(nn.Linear):
     """A head of the user's with a computation of its own."""
 

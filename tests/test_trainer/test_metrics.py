@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import TrainerCallback
 
 from robust_dpo.trainer.metrics import RunningMeans, known_means, widest_float
 
@@ -68,3 +69,14 @@ def test_the_last_steps_are_logged(interval: int, logged: list[int], make_traine
     trainer = make_trainer(max_steps=3, logging_steps=interval)
     trainer.train()
     assert [log["step"] for log in trainer.state.log_history if "rewards/margins" in log] == logged
+
+
+class _Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+def test_the_last_steps_are_logged_where_a_callback_ends_the_training(make_trainer: Any) -> None:
+    trainer = make_trainer(max_steps=3, logging_steps=10, callbacks=[_Stop()])
+    trainer.train()
+    assert [log["step"] for log in trainer.state.log_history if "rewards/margins" in log] == [2]

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dora-mixed-sizes": (12, {"rows": "mixed", "options": {**DORA, "loss_type": "plackett_luce"}}),
     "dora-lora": (12, {"rows": "pairs", "options": DORA, "lora": True}),
     "dora-tied": (12, {"rows": "pairs", "options": DORA, "model": "tied"}),
+    "dora-head-only": (12, {"rows": "pairs", "options": DORA, "head_only": True}),
     "own-reference": (12, {"rows": "pairs", "options": DORA, "own_reference": True}),
     "precomputed-tied": (
         12,
@@ -88,6 +89,7 @@ LAYOUTS = {
         ("dora-mixed-sizes", 2),
         ("dora-lora", 3),
         ("dora-tied", 2),
+        ("dora-head-only", 3),
         ("two-pass", 2),
         ("experts", 2),
         ("radius", 3),
@@ -107,6 +109,8 @@ LAYOUTS = {
         ("dora", 2),
         ("dora-tied", 3),
         ("dora-lora", 6),
+        ("dora-head-only", 3),
+        ("dora-mixed-sizes", 2),
         ("radius", 3),
         ("uneven", 1),
         ("experts", 3),
@@ -121,11 +125,19 @@ LAYOUTS = {
         ("own-reference", 3),
         ("precomputed-tied", 3),
     ],
-    ("fsdp-at-load", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("uneven", 1)],
+    ("fsdp-at-load", 2): [("dora", 6), ("dora", 2), ("dora-tied", 3), ("dora-head-only", 3), ("uneven", 1)],
     ("zero-1", 1): [("dora", 12), ("dora", 3)],
     ("zero-1", 2): [("dora", 6), ("dora", 3), ("dora-lora", 3), ("dora-tied", 2), ("radius", 3), ("uneven", 1)],
     ("zero-2", 2): [("dora", 6), ("dora", 3), ("dora-tied", 2), ("radius", 3), ("uneven-two-pass", 2)],
-    ("zero-3", 2): [("dora", 6), ("dora", 3), ("radius", 3)],
+    ("zero-3", 2): [
+        ("dora", 6),
+        ("dora", 3),
+        ("radius", 3),
+        ("dora-tied", 3),
+        ("dora-lora", 3),
+        ("dora-head-only", 3),
+        ("dora-mixed-sizes", 2),
+    ],
     ("ddp", 4): [
         ("dora", 3),
         ("dora", 1),
@@ -273,6 +285,9 @@ def test_ranks_train_the_same_weights(
         one_micro_batch = CASES[name][0] == size * ranks and name != "radius"
         route = "OnePass" if one_micro_batch else "TwoPass"
         assert mine[0]["plan"] == {"layout": "padded", "head": "fused", "route": route}
+        assert mine[0]["counts"]["fused"] >= 3 and mine[0]["counts"]["logits"] == 0
+    if engine.startswith("fsdp"):
+        assert 0 < mine[0]["counts"]["gathered"] <= mine[0]["counts"]["passes"], "no more than once for each pass"
     assert ends.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(ends[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")

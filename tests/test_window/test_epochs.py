@@ -117,15 +117,11 @@ def test_a_window_that_was_left_leaves_no_gradient(route: str) -> None:
     torch.testing.assert_close(model.weights.grad, whole(objective, model, batch)[1])
 
 
-@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_window_that_is_left_is_an_error_where_gradients_are_kept(
-    engine: DistributedType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_window_that_is_left_is_an_error_where_gradients_are_kept() -> None:
     batch, model = make_batch([2, 2]), Policy(torch.zeros(FEATURES, dtype=torch.float64))
-    window = make_window(KLRobust(), "one_pass")
+    window = make_window(KLRobust(), "one_pass", keeps_gradients=True)
     first, *_ = window.open(model, cut(batch, [1, 1]), 2)
     window.run(model, first).loss.backward()
-    monkeypatch.setattr(type(window._accelerator), "distributed_type", engine)
     with pytest.raises(RuntimeError, match="a step was left after some of its micro-batches"):
         window.open(model, cut(batch, [1, 1]), 2)
 
@@ -228,12 +224,17 @@ class _Ranks:
         ({}, {"even_batches": False}, "accelerator_config: expected even_batches=True on several ranks"),
         ({}, {"dispatch_batches": True}, "accelerator_config: expected dispatch_batches=False"),
         (
+            {"ddp_static_graph": True},
+            {},
+            "ddp_static_graph: expected False: it looks for the loss in the model's output",
+        ),
+        (
             {},
             {"parallelism_config": type("P", (), {"tp_size": 1, "cp_size": 2})()},
             "parallelism_config: expected cp_size=1: every rank has to have groups of its own, got 2",
         ),
     ],
-    ids=["batch-rebalance", "even-batches", "dispatch-batches", "parallelism"],
+    ids=["batch-rebalance", "even-batches", "dispatch-batches", "static-graph", "parallelism"],
 )
 def test_refuses_to_guess_who_has_which_groups(arguments: dict[str, Any], ranks: dict[str, Any], message: str) -> None:
     args = _Arguments()

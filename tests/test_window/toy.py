@@ -101,7 +101,12 @@ def lengths_of(batch: Batch) -> Tensor:
 
 
 def make_window(
-    robust: RobustObjective, route: str, *, calibrated: bool = True, sft_weight: float = 0.0
+    robust: RobustObjective,
+    route: str,
+    *,
+    calibrated: bool = True,
+    sft_weight: float = 0.0,
+    keeps_gradients: bool = False,
 ) -> AccumulationWindow:
     accelerator = Accelerator(cpu=True)
     objective = BatchObjective(resolve("sigmoid", BETA), robust, sft_weight)
@@ -110,7 +115,9 @@ def make_window(
     if route == "micro_batch":
         plan = RoutePlan("two_pass" if objective.adds_terms else "in_one", "micro_batch")
     weighting = make_weighting(plan, objective, forward, look, accelerator)
-    return AccumulationWindow(weighting, accelerator, lambda batch: batch, drop_last=False)
+    return AccumulationWindow(
+        weighting, accelerator, lambda batch: batch, drop_last=False, keeps_gradients=keeps_gradients
+    )
 
 
 def train_step(window: AccumulationWindow, model: nn.Module, batches: list[Batch], wanted: int | None = None) -> Any:
