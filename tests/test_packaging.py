@@ -147,7 +147,7 @@ def test_sdist_holds_the_sources(source: Path, sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     native = {f"csrc/{path.name}" for path in (source / "csrc").iterdir()}
-    build = {"setup.py", *(f"build_support/{path.name}" for path in (source / "build_support").iterdir())}
+    build = {"setup.py", *(f"build_support/{path.name}" for path in (source / "build_support").glob("*.py"))}
     assert native | modules(source) | build | {"pyproject.toml", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", "_build.json")) or "__pycache__" in name]
 
