@@ -37,6 +37,8 @@ metrics = trainer.evaluate()
 trainer.save_model(folder + "/end")
 if trainer.is_world_process_zero():
     print(json.dumps({"log": trainer.state.log_history, "metrics": metrics, "ranks": args.world_size}))
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 
