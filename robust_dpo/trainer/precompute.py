@@ -35,7 +35,7 @@ from robust_dpo.reference_cache import (
     exclusive_journal,
 )
 from robust_dpo.trainer.data import TokenRecipe
-from robust_dpo.trainer.reference import Reference
+from robust_dpo.trainer.reference import HALF_DTYPES, Reference
 from robust_dpo.trainer.scoring import Batch
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,6 @@ _BATCHES_PER_READ = 8
 # log-prob, as batches of other shapes round differently. Products may be in TF32, so eps is no smaller than 1e-4.
 _SAMPLE = 4
 _ROUNDINGS, _SMALLEST_EPS, _SMALLEST_ERROR = 16.0, 1e-4, 1e-3
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class Precomputation:
         batch = self.collator([dataset[index] for index in members])
         ours = self._read([self._logps(batch)])
         theirs = np.concatenate([stored[index][COLUMN] for index in members])
-        eps = torch.finfo(_AUTOCAST.get(self.accelerator.mixed_precision, self.reference.identity.dtype)).eps
+        eps = torch.finfo(HALF_DTYPES.get(self.accelerator.mixed_precision, self.reference.identity.dtype)).eps
         allowed = _ROUNDINGS * max(eps, _SMALLEST_EPS) * np.abs(ours) + _SMALLEST_ERROR
         error = np.abs(ours - theirs)
         if not (error <= allowed).all():

@@ -19,7 +19,8 @@ from robust_dpo.trainer.dropout import evaluating
 from robust_dpo.trainer.models import has_sharded_parameters, placed
 from robust_dpo.trainer.scoring import Batch, SequenceScorer
 
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Of accelerate's mixed precisions, those of half a word.
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class FrozenModel:
         _refuse_sharded(model)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             # It casts the weights of the policy and leaves autocast off.
-            model = model.to(_PRECISIONS.get(accelerator.mixed_precision))
+            model = model.to(HALF_DTYPES.get(accelerator.mixed_precision))
         return FrozenModel.as_it_is(model.requires_grad_(False), scorer, accelerator)
 
     @staticmethod
